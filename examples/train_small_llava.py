@@ -1,0 +1,404 @@
+"""Train the small LLaVA that ships with jaxprune, from nothing, on drawn scenes.
+
+    python examples/train_small_llava.py --out runs/small_llava --export jaxprune/assets/small_llava
+
+Two stages, like LLaVA's own: first the vision tower alone as CLIP is trained (a
+contrastive image-text loss on the CLS token, plus a loss on what each patch shows), then
+everything on answers, the vision losses kept on. One row of the second stage asks six
+questions about one image: the questions share the image's tokens and do not see each
+other, so an image is encoded and read once for six answers.
+
+A run that was interrupted goes on from its last checkpoint: the data of a step depends
+on the seed and the step alone.
+"""
+
+import argparse
+import functools
+import json
+import pathlib
+import queue
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from jaxprune import scenes
+from jaxprune.models import llava
+from jaxprune.models.clip import ClipVisionConfig, ClipVisionTower
+from jaxprune.models.llama import LlamaConfig, LlamaDecoder, Tokens
+
+MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)  # CLIP's normalisation
+STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+PROMPT_BEFORE_IMAGE = "USER: "
+SPECIAL_TOKENS = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
+VOCABULARY = 512
+SEGMENT = 20  # tokens of one question with its answer, padded
+GRID, PATCH = 12, 8
+
+
+def build_tokenizer() -> Tokenizer:
+    """A byte-level BPE fitted to the questions: any text can be spelled, common words are short."""
+    lines = [PROMPT_BEFORE_IMAGE, "ASSISTANT:"]
+    for index in range(6000):
+        _, question = scenes.sample("train", 1, index)
+        lines.append(segment_text(question.question) + f" {question.answer}")
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=[AddedToken(token, special=True) for token in SPECIAL_TOKENS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(lines, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", SPECIAL_TOKENS.index("<s>"))]
+    )
+    return tokenizer
+
+
+def segment_text(question: str) -> str:
+    """What follows the image in LLaVA's chat template."""
+    return f"\n{question} ASSISTANT:"
+
+
+def small_config() -> llava.LlavaConfig:
+    return llava.LlavaConfig(
+        vision_config=ClipVisionConfig(
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=5,
+            num_attention_heads=4,
+            image_size=GRID * PATCH,
+            patch_size=PATCH,
+        ),
+        text_config=LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=128,
+            intermediate_size=320,
+            num_hidden_layers=8,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            head_dim=32,
+            max_position_embeddings=1024,
+        ),
+        image_token_index=SPECIAL_TOKENS.index("<image>"),
+    )
+
+
+# ---- data
+
+
+def patch_labels(scene: scenes.Scene) -> np.ndarray:
+    """What each patch shows: int32 `[N, 3]` of colour, shape and size, 0 for the ground."""
+    centers = (np.arange(GRID) + 0.5) * PATCH
+    labels = np.zeros((GRID, GRID, 3), np.int32)
+    for item in scene.objects:
+        reach = scenes.SIZES[item.size] + 1
+        rows = np.abs(centers - item.y) < reach
+        columns = np.abs(centers - item.x) < reach
+        labels[np.ix_(rows, columns)] = object_labels(item)[:3]
+    return labels.reshape(-1, 3)
+
+
+def object_labels(item: scenes.Object) -> tuple[int, int, int, int]:
+    """Colour, shape, size and position as numbers from 1; 0 is left for "nothing"."""
+    return (
+        1 + list(scenes.COLORS).index(item.color),
+        1 + scenes.SHAPES.index(item.shape),
+        1 + list(scenes.SIZES).index(item.size),
+        1 + scenes.POSITIONS.index(item.position),
+    )
+
+
+def make_batch(tokenizer: Tokenizer, seed: int, step: int, size: int) -> dict[str, np.ndarray]:
+    """The batch of one step.
+
+    Returns:
+        pixels uint8 `[B, 96, 96, 3]`; patches int32 `[B, N, 3]`; captions int32
+        `[B, objects, 4]`; token_ids int32 `[B, kinds, SEGMENT]`; targets bool, as
+        token_ids: the answer tokens and the end of sequence.
+    """
+    kinds = len(scenes.KINDS)
+    batch = {
+        "pixels": np.zeros((size, GRID * PATCH, GRID * PATCH, 3), np.uint8),
+        "patches": np.zeros((size, GRID * GRID, 3), np.int32),
+        "captions": np.zeros((size, scenes.MAX_OBJECTS, 4), np.int32),
+        "token_ids": np.full((size, kinds, SEGMENT), SPECIAL_TOKENS.index("<pad>"), np.int32),
+        "targets": np.zeros((size, kinds, SEGMENT), bool),
+    }
+    for row in range(size):
+        rng = scenes.random_generator("train", seed, step * size + row)
+        scene = scenes.sample_scene(rng)
+        batch["pixels"][row] = np.asarray(scenes.draw(scene))
+        batch["patches"][row] = patch_labels(scene)
+        for i, item in enumerate(scene.objects):
+            batch["captions"][row, i] = object_labels(item)
+        for k, kind in enumerate(scenes.KINDS):
+            question = scenes.ask(scene, kind, rng) or scenes.ask(scene, "count", rng)
+            assert question is not None  # every scene can be counted
+            asked = tokenizer.encode(segment_text(question.question), add_special_tokens=False).ids
+            answer = tokenizer.encode(f" {question.answer}", add_special_tokens=False).ids
+            answer = [*answer, SPECIAL_TOKENS.index("</s>")]
+            ids = [*asked, *answer]
+            batch["token_ids"][row, k, : len(ids)] = ids
+            batch["targets"][row, k, len(asked) : len(ids)] = True
+    return batch
+
+
+def prefetch(make: Any, steps: range) -> Iterator[dict[str, np.ndarray]]:
+    """Batches of the coming steps, made by a thread while the step before runs."""
+    ready: queue.Queue = queue.Queue(maxsize=4)
+
+    def work() -> None:
+        for step in steps:
+            ready.put(make(step))
+
+    threading.Thread(target=work, daemon=True).start()
+    for _ in steps:
+        yield ready.get()
+
+
+# ---- losses
+
+
+class TrainingHeads(nn.Module):
+    """What only training needs: the patch classifier and the text side of the CLIP loss."""
+
+    width: int
+
+    @nn.compact
+    def __call__(
+        self, patches: jax.Array, cls: jax.Array, captions: jax.Array
+    ) -> tuple[list[jax.Array], jax.Array]:
+        """Patch logits for colour, shape and size, and `[B, B]` image-caption similarities.
+
+        Args:
+            patches: `[B, N, C]`.
+            cls: `[B, C]`.
+            captions: int32 `[B, objects, 4]`, a bag of described objects, 0 = no object.
+        """
+        counts = [1 + len(scenes.COLORS), 1 + len(scenes.SHAPES), 1 + len(scenes.SIZES)]
+        logits = [nn.Dense(n, name=f"patch_{i}")(patches) for i, n in enumerate(counts)]
+
+        words = [
+            nn.Embed(n, self.width, name=f"word_{i}")(captions[..., i])
+            for i, n in enumerate([*counts, 1 + len(scenes.POSITIONS)])
+        ]
+        described = nn.Dense(self.width)(nn.gelu(nn.Dense(2 * self.width)(sum(words))))
+        present = (captions[..., :1] > 0).astype(described.dtype)
+        text = nn.Dense(self.width, name="text")(jnp.sum(described * present, axis=1))
+        image = nn.Dense(self.width, name="image")(cls)
+        text = text / jnp.linalg.norm(text, axis=-1, keepdims=True)
+        image = image / jnp.linalg.norm(image, axis=-1, keepdims=True)
+        scale = self.param("logit_scale", lambda _: jnp.asarray(np.log(10.0), jnp.float32))
+        return logits, jnp.exp(jnp.minimum(scale, np.log(100.0))) * image @ text.T
+
+
+def normalise(pixels: jax.Array) -> jax.Array:
+    return (pixels.astype(jnp.float32) / 255 - MEAN) / STD
+
+
+def vision_losses(
+    params: dict, config: llava.LlavaConfig, batch: dict
+) -> tuple[jax.Array, jax.Array, dict]:
+    """Features `[B, N, C]` of LLaVA's feature layer, the two vision losses' sum, and metrics."""
+    tower = ClipVisionTower(config.vision_config)
+    states, pooled = tower.apply(
+        {"params": params["model"]["vision_tower"]}, normalise(batch["pixels"])
+    )
+    features = states[config.feature_layers[0]][:, 1:]
+    heads = TrainingHeads(config.vision_config.hidden_size)
+    logits, similarity = heads.apply(
+        {"params": params["heads"]}, features, pooled, batch["captions"]
+    )
+
+    # Objects cover a tenth of the patches: weigh ground down, or it drowns them.
+    xent = optax.softmax_cross_entropy_with_integer_labels
+    weight = jnp.where(batch["patches"][..., 0] > 0, 1.0, 0.1)
+    losses = [xent(x, batch["patches"][..., i]) for i, x in enumerate(logits)]
+    patch_loss = sum(jnp.sum(x * weight) for x in losses) / jnp.sum(weight)
+
+    diagonal = jnp.arange(similarity.shape[0])
+    clip_loss = (xent(similarity, diagonal) + xent(similarity.T, diagonal)).mean() / 2
+    metrics = {
+        "patch": patch_loss,
+        "clip": clip_loss,
+        "clip_accuracy": (similarity.argmax(-1) == diagonal).mean(),
+    }
+    return features, patch_loss + clip_loss, metrics
+
+
+def answer_logits(
+    params: dict, config: llava.LlavaConfig, features: jax.Array, batch: dict, before: jax.Array
+) -> jax.Array:
+    """Next-token logits `[B, kinds, SEGMENT, vocabulary]` of all questions of each image."""
+    B, kinds, length = batch["token_ids"].shape
+    decoder = LlamaDecoder(config.text_config)
+    variables = {"params": params["model"]["language_model"]}
+    ids = jnp.concatenate(
+        [jnp.broadcast_to(before, (B, before.size)), batch["token_ids"].reshape(B, -1)], axis=1
+    )
+    text = decoder.apply(variables, ids, method="embed")
+    visual = llava.project(params["model"], config, features)
+    x = jnp.concatenate([text[:, : before.size], visual, text[:, before.size :]], axis=1)
+
+    # Slots: prefix (text and image), then one segment a question, all starting at the
+    # same position; a segment sees the prefix and itself.
+    prefix = before.size + visual.shape[1]
+    segment = np.concatenate([np.zeros(prefix, int), np.repeat(np.arange(kinds) + 1, length)])
+    position = np.concatenate([np.arange(prefix), np.tile(prefix + np.arange(length), kinds)])
+    same = (segment[None] == segment[:, None]) | (segment[None] == 0)
+    mask = jnp.asarray(np.tril(same))[None]
+    positions = jnp.broadcast_to(jnp.asarray(position, jnp.int32), x.shape[:2])
+    tokens = Tokens(x=x, positions=positions, valid=jnp.ones(x.shape[:2], bool))
+    hidden, _ = decoder.apply(variables, tokens, new_slots=0, mask=mask, method="prefill")
+    hidden = hidden[:, prefix:].reshape(B, kinds, length, -1)
+    return decoder.apply(variables, hidden, method="logits")
+
+
+def loss_function(
+    params: dict, batch: dict, *, config: llava.LlavaConfig, before: jax.Array, answers: bool
+) -> tuple[jax.Array, dict]:
+    features, loss, metrics = vision_losses(params, config, batch)
+    if not answers:
+        return loss, metrics
+    logits = answer_logits(params, config, features, batch, before)[:, :, :-1]
+    labels, targets = batch["token_ids"][:, :, 1:], batch["targets"][:, :, 1:]
+    xent = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    answer_loss = jnp.sum(xent * targets) / jnp.sum(targets)
+    right = jnp.all((logits.argmax(-1) == labels) | ~targets, axis=-1)  # [B, kinds]
+    metrics |= {"answer": answer_loss}
+    metrics |= {name: right[:, k].mean() for k, name in enumerate(scenes.KINDS)}
+    return 0.3 * loss + answer_loss, metrics
+
+
+# ---- training
+
+
+def optimizer(steps: int, peak: float) -> optax.GradientTransformation:
+    schedule = optax.warmup_cosine_decay_schedule(0.0, peak, min(200, steps // 10), steps)
+    return optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.02)
+    )
+
+
+def init_params(config: llava.LlavaConfig, seed: int) -> dict:
+    model, heads = jax.random.split(jax.random.key(seed))
+    width = config.vision_config.hidden_size
+    captions = jnp.zeros((1, scenes.MAX_OBJECTS, 4), jnp.int32)
+    shapes = (jnp.zeros((1, GRID * GRID, width)), jnp.zeros((1, width)), captions)
+    return {
+        "model": llava.init_params(config, model),
+        "heads": TrainingHeads(width).init(heads, *shapes)["params"],
+    }
+
+
+def save(path: pathlib.Path, step: int, state: Any) -> None:
+    """Write a checkpoint so that an interruption leaves the old one or the new one."""
+    arrays = {f"a{i}": np.asarray(x) for i, x in enumerate(jax.tree.leaves(state))}
+    temporary = path.with_suffix(".tmp.npz")
+    np.savez(temporary, step=step, **arrays)
+    temporary.replace(path)
+
+
+def restore(path: pathlib.Path, state: Any) -> tuple[int, Any]:
+    """The step and state of a checkpoint, or (0, state) where there is none."""
+    if not path.exists():
+        return 0, state
+    with np.load(path) as saved:
+        leaves = [jnp.asarray(saved[f"a{i}"]) for i in range(len(saved.files) - 1)]
+        return int(saved["step"]), jax.tree.unflatten(jax.tree.structure(state), leaves)
+
+
+def train_stage(
+    name: str, params: dict, config: llava.LlavaConfig, tokenizer: Tokenizer, args: Any
+) -> dict:
+    """One stage, from its checkpoint if there is one."""
+    answers = name == "answers"
+    steps, size = (args.steps, args.batch) if answers else (args.vision_steps, args.vision_batch)
+    transform = optimizer(steps, args.learning_rate)
+    before = jnp.asarray(tokenizer.encode(PROMPT_BEFORE_IMAGE).ids, jnp.int32)
+    loss = functools.partial(loss_function, config=config, before=before, answers=answers)
+
+    @functools.partial(jax.jit, donate_argnums=(0,))
+    def update(state: tuple, batch: dict) -> tuple[tuple, dict]:
+        params, opt_state = state
+        (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, batch)
+        updates, opt_state = transform.update(grads, opt_state, params)
+        return (optax.apply_updates(params, updates), opt_state), metrics
+
+    path = args.out / f"{name}.npz"
+    first, state = restore(path, (params, transform.init(params)))
+    seed = args.seed + 2 * answers
+    batches = prefetch(lambda step: make_batch(tokenizer, seed, step, size), range(first, steps))
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    sums: dict[str, float] = {}
+    with Progress(*columns) as progress, (args.out / "log.jsonl").open("a") as log:
+        task = progress.add_task(name, total=steps, completed=first, note="")
+        for step, batch in enumerate(batches, start=first + 1):
+            state, metrics = update(state, batch)
+            for key, value in metrics.items():
+                sums[key] = sums.get(key, 0.0) + float(value)
+            progress.update(task, completed=step)
+            if step % 50 == 0 or step == steps:
+                count = 50 if step % 50 == 0 else step % 50
+                means = {key: round(value / count, 4) for key, value in sums.items()}
+                log.write(json.dumps({"stage": name, "step": step, **means}) + "\n")
+                log.flush()
+                note = " ".join(f"{key} {value:.2f}" for key, value in means.items())
+                progress.update(task, note=note)
+                sums = {}
+            if step % 250 == 0 or step == steps:
+                save(path, step, state)
+    return state[0]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/small_llava"))
+    parser.add_argument("--export", type=pathlib.Path, help="write the Hugging Face directory here")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--vision-steps", type=int, default=700)
+    parser.add_argument("--vision-batch", type=int, default=48)
+    parser.add_argument("--steps", type=int, default=3200)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--learning-rate", type=float, default=1.5e-3)
+    args = parser.parse_args()
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    tokenizer_path = args.out / "tokenizer.json"
+    if not tokenizer_path.exists():
+        build_tokenizer().save(str(tokenizer_path))
+    tokenizer = Tokenizer.from_file(str(tokenizer_path))
+
+    config = small_config()
+    params = init_params(config, args.seed)
+    params = train_stage("vision", params, config, tokenizer, args)
+    params = train_stage("answers", params, config, tokenizer, args)
+
+
+if __name__ == "__main__":
+    main()

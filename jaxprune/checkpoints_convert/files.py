@@ -1,0 +1,110 @@
+"""The tensors of a checkpoint directory, by name, without reading them."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Iterator
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from jaxprune.errors import UserError
+from jaxprune.json_file import read_json
+
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """One tensor on disk; `read()` returns it as a numpy array of its own dtype."""
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: str
+    read: Callable[[], np.ndarray]
+
+
+def stored_tensors(directory: pathlib.Path) -> list[StoredTensor]:
+    """Every tensor of a directory: safetensors if there are any, else PyTorch `.bin` files.
+
+    Raises:
+        UserError: for a directory without weights, a missing shard, or a broken file.
+    """
+    for suffix, open_file in ((".safetensors", _open_safetensors), (".bin", _open_bin)):
+        paths = _weight_files(directory, suffix)
+        if paths:
+            return [tensor for path in paths for tensor in open_file(path)]
+    raise UserError(
+        f"{directory} has no weights; expected model.safetensors, sharded safetensors with "
+        "their index, or pytorch_model.bin."
+    )
+
+
+def _weight_files(directory: pathlib.Path, suffix: str) -> list[pathlib.Path]:
+    stem = "model" if suffix == ".safetensors" else "pytorch_model"
+    index = directory / f"{stem}{suffix}.index.json"
+    if not index.exists():
+        single = directory / f"{stem}{suffix}"
+        return [single] if single.exists() else []
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise UserError(f"{index} has no 'weight_map'; download it again.")
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if pathlib.PurePath(name).name != name:
+            raise UserError(f"{index} points outside its directory ({name!r}); refused.")
+        if not (directory / name).exists():
+            raise UserError(f"{directory} lacks the shard {name} that its index names.")
+    return [directory / name for name in names]
+
+
+def _open_safetensors(path: pathlib.Path) -> Iterator[StoredTensor]:
+    try:
+        with safe_open(path, framework="np") as file:
+            slices = {key: file.get_slice(key) for key in file.keys()}
+            headers = {key: (tuple(s.get_shape()), s.get_dtype()) for key, s in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{path} is not a complete safetensors file ({error}); download it again."
+        ) from None
+    for key, (shape, dtype) in headers.items():
+        if dtype not in _DTYPES:
+            raise UserError(
+                f"{path} stores {key} as {dtype}; supported: {', '.join(_DTYPES)}. "
+                "Quantised checkpoints have to be converted to one of these first."
+            )
+        yield StoredTensor(key, shape, _DTYPES[dtype], _safetensor_reader(path, key))
+
+
+def _safetensor_reader(path: pathlib.Path, key: str) -> Callable[[], np.ndarray]:
+    def read() -> np.ndarray:
+        # Opened anew for every tensor: a file kept mapped counts as memory, page by page.
+        with safe_open(path, framework="np") as file:
+            return file.get_tensor(key)
+
+    return read
+
+
+def _open_bin(path: pathlib.Path) -> Iterator[StoredTensor]:
+    try:
+        import torch
+    except ImportError:
+        raise UserError(
+            f"{path} is a PyTorch pickle, which is read through torch's weights-only loader "
+            "alone; install torch, or convert the file to safetensors."
+        ) from None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises many types for a broken or unsafe pickle
+        raise UserError(
+            f"torch's weights-only loader refuses {path} ({str(error).splitlines()[0]})."
+        ) from None
+
+    def reader(tensor: "torch.Tensor") -> Callable[[], np.ndarray]:
+        if tensor.dtype == torch.bfloat16:
+            return lambda: tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        return lambda: tensor.contiguous().numpy()
+
+    for key, tensor in state.items():
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        yield StoredTensor(key, tuple(tensor.shape), dtype, reader(tensor))

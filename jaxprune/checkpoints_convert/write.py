@@ -1,0 +1,242 @@
+"""Writing model directories: all or nothing, and checked against what they came from."""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+import shutil
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from jaxprune.checkpoints_convert.files import stored_tensors
+from jaxprune.checkpoints_convert.load import (
+    DTYPES,
+    existing_directory,
+    is_original,
+    numpy_dtype_of,
+    read_config,
+)
+from jaxprune.checkpoints_convert.plan import Plan, flatten, make_plan
+from jaxprune.checkpoints_convert.tables import key_of
+from jaxprune.errors import UserError
+from jaxprune.json_file import read_json
+from jaxprune.models.registry import family_name
+from jaxprune.progress import track
+
+FORMATS = ("hf", "jaxprune")
+MAX_SHARD_BYTES = 2 * 1024**3
+
+_COMPANIONS = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "merges.txt",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvertReport:
+    """What `convert` wrote: tensors, their bytes, and how many were read back and compared."""
+
+    tensors: int
+    bytes: int
+    verified: int
+
+
+def export(
+    params: dict[str, Any],
+    config: Any,
+    directory: Any,
+    *,
+    companions: pathlib.Path | None = None,
+    show_progress: bool | None = None,
+) -> None:
+    """Write parameters as a Hugging Face directory that `transformers` loads.
+
+    Args:
+        params: nested dict of arrays, as `load` gives it.
+        config: their model config.
+        directory: must not exist; it appears complete or not at all.
+        companions: a directory to copy the tokenizer's and processor's files from.
+        show_progress: a bar on stderr; None shows it in a terminal.
+
+    Raises:
+        UserError: when `directory` exists or cannot be written.
+    """
+    table = family_name(config)
+    flat = flatten(params)
+    fields = {**config.to_hf(), "dtype": config.dtype, **_token_ids(companions)}
+
+    def tensors() -> Iterator[tuple[str, np.ndarray]]:
+        for path, array in track(flat.items(), "Exporting", len(flat), show=show_progress):
+            key, transform = key_of(table, path)
+            yield key, transform.export(np.asarray(array))
+
+    with _new_directory(directory) as place:
+        _write_weights(place, tensors())
+        _write_companions(place, fields, companions)
+
+
+def convert(
+    source: Any,
+    destination: Any,
+    *,
+    dtype: str | None = None,
+    format: str = "hf",
+    verify: bool = True,
+    vision_tower: Any = None,
+    show_progress: bool | None = None,
+) -> ConvertReport:
+    """Rewrite a checkpoint of any supported spelling as one clean directory, streaming.
+
+    Args:
+        source: Hugging Face directory, original-format directory, or one of this library's.
+        destination: must not exist; it appears complete or not at all.
+        dtype: "float32", "bfloat16" or "float16"; None keeps each tensor's own.
+        format: "hf" writes the Hub's spelling, which `transformers` loads; "jaxprune"
+            writes parameters by path in this library's layout, which loads without a
+            transposition.
+        verify: read everything back and compare it with the source, bit by bit.
+        vision_tower: directory of the CLIP tower of an original-format checkpoint.
+        show_progress: a bar on stderr; None shows it in a terminal.
+
+    Raises:
+        UserError: for a source that does not load, or a destination that exists.
+    """
+    if format not in FORMATS:
+        raise UserError(f"format is {format!r}; expected one of: {', '.join(FORMATS)}.")
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"dtype is {dtype!r}; expected one of: {', '.join(DTYPES)}.")
+    source = existing_directory(source)
+    tower = existing_directory(vision_tower) if vision_tower else None
+    config = read_config(source, dtype=dtype or "float32", vision_tower=tower)
+    plan = make_plan(source, config, *([tower] if tower else []))
+
+    fields = read_json(source / "config.json")
+    if is_original(fields):
+        fields = {**config.to_hf(), **_token_ids(source)}
+    if dtype is not None:
+        fields.pop("torch_dtype", None)
+        fields["dtype"] = dtype
+
+    table = family_name(config)
+    with _new_directory(destination) as place:
+        tensors = _converted(plan, table, dtype, format)
+        size = _write_weights(place, track(tensors, "Converting", len(plan), show=show_progress))
+        _write_companions(place, fields, source)
+        verified = _verify(place, plan, table, dtype, format, show_progress) if verify else 0
+    return ConvertReport(tensors=len(plan), bytes=size, verified=verified)
+
+
+def _converted(
+    plan: Plan, table: str, dtype: str | None, format: str
+) -> Iterator[tuple[str, np.ndarray]]:
+    for tensor in plan:
+        array = tensor.read()
+        if dtype is not None:
+            array = array.astype(numpy_dtype_of(dtype), copy=False)
+        if format == "jaxprune":
+            yield tensor.path, array
+        else:
+            key, transform = key_of(table, tensor.path)
+            yield key, transform.export(array)
+
+
+def _verify(
+    place: pathlib.Path, plan: Plan, table: str, dtype: str | None, format: str, show: bool | None
+) -> int:
+    written = {tensor.key: tensor for tensor in stored_tensors(place)}
+    count = 0
+    pairs = _converted(plan, table, dtype, format)
+    for key, array in track(pairs, "Verifying", len(plan), show=show):
+        back = written[key].read()
+        if back.dtype != array.dtype or not np.array_equal(back, array):
+            raise UserError(f"{key} was not written as it was read; check the disk and try again.")
+        count += 1
+    return count
+
+
+def _write_weights(place: pathlib.Path, tensors: Iterable[tuple[str, np.ndarray]]) -> int:
+    """Write shards of at most 2 GiB and, for more than one, their index; returns the bytes."""
+    shards: list[list[str]] = []
+    pending: dict[str, np.ndarray] = {}
+    total = pending_bytes = 0
+
+    def flush() -> None:
+        nonlocal pending, pending_bytes
+        if pending:
+            # The "pt" mark is what transformers asks for; it says nothing of torch itself.
+            save_file(pending, place / f"shard-{len(shards)}", metadata={"format": "pt"})
+            shards.append(list(pending))
+            pending, pending_bytes = {}, 0
+
+    for key, array in tensors:
+        if pending and pending_bytes + array.nbytes > MAX_SHARD_BYTES:
+            flush()
+        pending[key] = np.ascontiguousarray(array)
+        pending_bytes += array.nbytes
+        total += array.nbytes
+    flush()
+
+    if len(shards) == 1:
+        (place / "shard-0").rename(place / "model.safetensors")
+        return total
+    weight_map: dict[str, str] = {}
+    for i, keys in enumerate(shards):
+        name = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+        (place / f"shard-{i}").rename(place / name)
+        weight_map |= dict.fromkeys(keys, name)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (place / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    return total
+
+
+def _write_companions(
+    place: pathlib.Path, fields: dict[str, Any], companions: pathlib.Path | None
+) -> None:
+    (place / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
+    if companions is None:
+        return
+    for name in _COMPANIONS:
+        if (companions / name).is_file():
+            shutil.copyfile(companions / name, place / name)
+
+
+def _token_ids(companions: pathlib.Path | None) -> dict[str, Any]:
+    """The special token ids of the config.json that the tokenizer's files stand beside."""
+    path = companions / "config.json" if companions else None
+    if path is None or not path.is_file():
+        return {}
+    fields = read_json(path)
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {name: fields[name] for name in names if fields.get(name) is not None}
+
+
+@contextlib.contextmanager
+def _new_directory(directory: Any) -> Iterator[pathlib.Path]:
+    """A directory that appears under its name only once it is complete."""
+    target = pathlib.Path(directory).expanduser()
+    if target.exists():
+        raise UserError(f"{target} exists; name a directory that does not, nothing is overwritten.")
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        partial.rename(target)
+    except OSError as error:
+        raise UserError(f"Cannot write {target} ({error}).") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+

@@ -1,0 +1,558 @@
+"""From an image and a prompt to an answer: the one place that composes the stages.
+
+    request.py     image + prompt -> rows of token ids, RGB images              (host)
+    encode         pixels -> features and signals                               (jit)
+    count, select  -> visual tokens that are left                               (jit)
+    prefill        embed, merge, all layers -> first token, caches              (jit)
+    decode         a loop of single steps, caches donated                       (jit)
+
+Every array that enters a jitted stage has the size of a bucket (`shapes.py`). One number
+an image comes back to the host before the prompt is laid out: how many tokens are kept.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune.errors import UserError
+from jaxprune.loading import Params
+from jaxprune.methods import VisionMethod, resolve
+from jaxprune.models.registry import family
+from jaxprune.ops.visual import Selection, VisionOutput
+from jaxprune.processing import Processor, decode_text, pixel_values
+from jaxprune.request import Request, lay_out, make_request, row_lengths
+from jaxprune.sampling import Sampling, make_sampling, next_token
+from jaxprune.shapes import DEFAULT_BUCKETS, Buckets
+
+STOP_CHECK_EVERY = 16  # tokens between looks for a stop string
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """One prompt's answer in detail.
+
+    Attributes:
+        text: the answer.
+        token_ids: its tokens, the end-of-sequence token left out.
+        finish_reason: "eos", "stop" (a stop string) or "length".
+        prompt_tokens: tokens that entered the decoder, visual ones included.
+        visual_tokens: for each image, how many of them were visual.
+        unpruned_visual_tokens: for each image, how many there are without pruning.
+        kept_indices: for each image, the patches that stayed, int32, in the decoder's
+            order; -1 for a token that stands for several.
+        seconds: wall time of the whole batch by stage: "preprocess", "encode", "select",
+            "prefill", "decode". A first call includes compilation.
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    prompt_tokens: int
+    visual_tokens: list[int]
+    unpruned_visual_tokens: list[int]
+    kept_indices: list[np.ndarray]
+    seconds: dict[str, float]
+
+
+class DecodeState(flax.struct.PyTreeNode):
+    """A batch in the middle of its answers.
+
+    Attributes:
+        token: int32 `[B]`, the last token, not yet fed to the decoder.
+        positions: int32 `[B]`, where that token goes.
+        caches: one a layer.
+        step: int32 `[]`, tokens generated so far.
+        tokens: int32 `[B, M]`, the answers so far.
+        lengths: int32 `[B]`, tokens of each answer, its end-of-sequence token left out.
+        done: bool `[B]`.
+    """
+
+    token: jax.Array
+    positions: jax.Array
+    caches: Any
+    step: jax.Array
+    tokens: jax.Array
+    lengths: jax.Array
+    done: jax.Array
+
+
+# ---- the jitted stages
+
+
+@functools.partial(jax.jit, static_argnames=("config", "signals"))
+def _encode(
+    params: dict, pixels: jax.Array, *, config: Any, signals: frozenset[str]
+) -> VisionOutput:
+    return family(config).encode_image(params, config, pixels, signals)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "method"))
+def _count(vision: VisionOutput, *, config: Any, method: VisionMethod) -> jax.Array:
+    return method.counts(_without_cls(vision, config)[1]) + config.keep_cls
+
+
+@functools.partial(jax.jit, static_argnames=("config", "method", "capacity"))
+def _select(vision: VisionOutput, *, config: Any, method: VisionMethod, capacity: int) -> Selection:
+    cls, patches = _without_cls(vision, config)
+    selection = method.select(patches, capacity - config.keep_cls)
+    if not config.keep_cls:
+        return selection
+    return Selection(
+        tokens=jnp.concatenate([cls, selection.tokens], axis=1),
+        counts=selection.counts + 1,
+        indices=jnp.pad(selection.indices, ((0, 0), (1, 0)), constant_values=-1),
+    )
+
+
+def _without_cls(vision: VisionOutput, config: Any) -> tuple[jax.Array, VisionOutput]:
+    """Under the "full" select strategy CLS is a feature like any other, but never pruned."""
+    first = int(config.keep_cls)
+    return vision.features[:, :first], vision.replace(features=vision.features[:, first:])
+
+
+@functools.partial(jax.jit, static_argnames=("config", "new_slots", "greedy"))
+def _prefill(
+    params: dict,
+    token_ids: jax.Array,
+    visual_index: jax.Array,
+    lengths: jax.Array,
+    visual_tokens: jax.Array | None,
+    sampling: Sampling,
+    eos: jax.Array,
+    *,
+    config: Any,
+    new_slots: int,
+    greedy: bool,
+) -> tuple[DecodeState, jax.Array]:
+    """The prompt through the decoder: the state after the first token, and its logits."""
+    model = family(config)
+    tokens = model.embed(params, config, token_ids, visual_index, lengths, visual_tokens)
+    hidden, caches = model.prefill(params, config, tokens, new_slots=new_slots)
+    logits = model.last_logits(params, config, hidden, lengths)
+    batch = token_ids.shape[0]
+    state = DecodeState(
+        token=jnp.zeros(batch, jnp.int32),
+        positions=lengths - 1,
+        caches=caches,
+        step=jnp.zeros((), jnp.int32),
+        tokens=jnp.zeros((batch, new_slots), jnp.int32),
+        lengths=jnp.zeros(batch, jnp.int32),
+        done=jnp.zeros(batch, bool),
+    )
+    return _append(state, logits, sampling, eos, greedy=greedy), logits
+
+
+@functools.partial(jax.jit, static_argnames=("config", "greedy"), donate_argnames=("state",))
+def _decode(
+    params: dict,
+    state: DecodeState,
+    until: jax.Array,
+    sampling: Sampling,
+    eos: jax.Array,
+    *,
+    config: Any,
+    greedy: bool,
+) -> DecodeState:
+    """Single steps until `until` tokens are there or every row is done."""
+
+    def unfinished(state: DecodeState) -> jax.Array:
+        return (state.step < until) & ~jnp.all(state.done)
+
+    def step(state: DecodeState) -> DecodeState:
+        logits, caches = family(config).decode(
+            params, config, state.token, state.positions, state.caches, state.step - 1
+        )
+        return _append(state.replace(caches=caches), logits, sampling, eos, greedy=greedy)
+
+    return jax.lax.while_loop(unfinished, step, state)
+
+
+def _append(
+    state: DecodeState, logits: jax.Array, sampling: Sampling, eos: jax.Array, *, greedy: bool
+) -> DecodeState:
+    """Draw the next token of every row that is not done."""
+    token = next_token(logits, sampling, state.step, greedy=greedy)
+    done = state.done | jnp.any(token[:, None] == eos, axis=-1)
+    return state.replace(
+        token=token,
+        positions=state.positions + 1,
+        step=state.step + 1,
+        tokens=jax.lax.dynamic_update_slice_in_dim(
+            state.tokens, token[:, None], state.step, axis=1
+        ),
+        lengths=state.lengths + ~done,
+        done=done,
+    )
+
+
+# ---- the public calls
+
+
+def generate(
+    params: Params | Mapping[str, Any],
+    image: Any = None,
+    prompt: Any = None,
+    *,
+    method: str | VisionMethod | None = "none",
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | Sequence[int] = 0,
+    stop: str | Sequence[str] = (),
+    chat: bool = True,
+    return_details: bool = False,
+    config: Any = None,
+    processor: Processor | None = None,
+    buckets: Buckets = DEFAULT_BUCKETS,
+    **method_options: Any,
+) -> Any:
+    """Answer a prompt about an image, or a batch of them.
+
+    Args:
+        params: what `load` gives, or the bare nested dict with `config` and `processor`.
+        image: a path, PIL image or uint8 array `[H, W, 3]`; a list of them for a batch;
+            lists of several for prompts with several images; None for text alone.
+        prompt: a question, a conversation as a list of {"role", "content"} messages, or a
+            list of either. Images stand where the prompt has "<image>", else in front.
+            One prompt with a list of images asks the same about each, unless it has
+            several placeholders.
+        method: a vision-side pruning method by name ("none", "prumerge", "prumerge_plus",
+            "random", "uniform") or instance.
+        max_new_tokens: at most this many tokens are generated; less where the model's
+            context ends first.
+        temperature: 0 decodes greedily; above, tokens are drawn.
+        top_k: draw from the k likeliest only.
+        top_p: draw from the likeliest that together reach this probability.
+        seed: of the draws; one for all rows, or one a row. Rows of equal seed and prompt
+            draw the same.
+        stop: strings that end an answer; they are not part of it.
+        chat: wrap prompts in the model's chat template; False takes them as they stand.
+        return_details: `Answer` objects instead of strings.
+        config, processor: for bare params.
+        buckets: the shapes that may be compiled.
+        **method_options: hyperparameters of a named method, such as `keep=64`.
+
+    Returns:
+        A string (or `Answer`) for one prompt, a list of them for lists.
+
+    Raises:
+        jaxprune.UserError: for a request that cannot be served; it says what to change.
+    """
+    run = _Run(
+        params,
+        image,
+        prompt,
+        method=resolve(method, **method_options),
+        max_new_tokens=max_new_tokens,
+        sampling_options={"temperature": temperature, "top_k": top_k, "top_p": top_p},
+        seed=seed,
+        stop=stop,
+        chat=chat,
+        config=config,
+        processor=processor,
+        buckets=buckets,
+    )
+    run.start()
+    chunk = STOP_CHECK_EVERY if run.stop else run.max_new_tokens
+    while not run.finished:
+        run.advance(chunk)
+    answers: list[Any] = run.answers()
+    if not return_details:
+        answers = [answer.text for answer in answers]
+    return answers[0] if run.request.single else answers
+
+
+def stream(
+    params: Params | Mapping[str, Any],
+    image: Any = None,
+    prompt: Any = None,
+    *,
+    method: str | VisionMethod | None = "none",
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | Sequence[int] = 0,
+    stop: str | Sequence[str] = (),
+    chat: bool = True,
+    chunk_tokens: int = 1,
+    config: Any = None,
+    processor: Processor | None = None,
+    buckets: Buckets = DEFAULT_BUCKETS,
+    **method_options: Any,
+) -> Iterator[Any]:
+    """Answer piece by piece: the arguments of `generate`, the pieces join to its answer.
+
+    Args:
+        chunk_tokens: tokens generated between two pieces; more means fewer dispatches.
+
+    Yields:
+        For one prompt the next piece of text; for lists a list with one piece a row, empty
+        for a row that has nothing new.
+
+    Raises:
+        jaxprune.UserError: as `generate`, at the first piece.
+    """
+    if isinstance(chunk_tokens, bool) or not isinstance(chunk_tokens, int) or chunk_tokens < 1:
+        raise UserError(f"chunk_tokens is {chunk_tokens!r}; expected a whole number, 1 or more.")
+    run = _Run(
+        params,
+        image,
+        prompt,
+        method=resolve(method, **method_options),
+        max_new_tokens=max_new_tokens,
+        sampling_options={"temperature": temperature, "top_k": top_k, "top_p": top_p},
+        seed=seed,
+        stop=stop,
+        chat=chat,
+        config=config,
+        processor=processor,
+        buckets=buckets,
+    )
+    return _pieces(run, chunk_tokens)
+
+
+def _pieces(run: "_Run", chunk_tokens: int) -> Iterator[Any]:
+    run.start()
+    sent = [""] * len(run.request.rows)
+    while True:
+        texts = [answer.text for answer in run.answers()]
+        if not run.finished:
+            texts = [run.safe_part(text) for text in texts]
+        pieces = [new[len(old) :] for old, new in zip(sent, texts, strict=True)]
+        sent = [old + piece for old, piece in zip(sent, pieces, strict=True)]
+        if any(pieces):
+            yield pieces[0] if run.request.single else pieces
+        if run.finished:
+            return
+        run.advance(chunk_tokens)
+
+
+class _Run:
+    """One request on its way through the stages; `generate` and `stream` drive it."""
+
+    def __init__(
+        self,
+        params: Params | Mapping[str, Any],
+        image: Any,
+        prompt: Any,
+        *,
+        method: VisionMethod | None,
+        max_new_tokens: int,
+        sampling_options: dict[str, Any],
+        seed: int | Sequence[int],
+        stop: str | Sequence[str],
+        chat: bool,
+        config: Any,
+        processor: Processor | None,
+        buckets: Buckets,
+    ) -> None:
+        self.params, self.config, self.processor = _unpack(params, config, processor)
+        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int):
+            raise UserError(f"max_new_tokens is {max_new_tokens!r}; expected a whole number.")
+        if max_new_tokens < 1:
+            raise UserError(f"max_new_tokens is {max_new_tokens}; expected 1 or more.")
+        self.stop = [stop] if isinstance(stop, str) else list(stop)
+        if not all(isinstance(text, str) and text for text in self.stop):
+            raise UserError(f"stop is {stop!r}; expected strings that are not empty.")
+        self.method, self.buckets = method, buckets
+        self.max_new_tokens = max_new_tokens
+        self.seconds: dict[str, float] = {}
+        if method is not None:
+            method.check(self.config.num_image_tokens - self.config.keep_cls)
+
+        with self._timed("preprocess"):
+            self.request: Request = make_request(self.processor, image, prompt, chat=chat)
+            rows = len(self.request.rows)
+            self.batch = buckets.fit("batch", rows)
+            seeds = [seed] * rows if isinstance(seed, int) else list(seed)
+            if len(seeds) != rows:
+                raise UserError(f"{len(seeds)} seeds came for {rows} prompts; give one for each.")
+            self.sampling = make_sampling(
+                **sampling_options,
+                seeds=seeds + [0] * (self.batch - rows),
+                vocab_size=self.config.text_config.vocab_size,
+            )
+            self.greedy = sampling_options["temperature"] == 0
+            self.eos = np.asarray(self.processor.eos_token_ids or (-1,), np.int32)
+            # Before any work on an accelerator: the part of the length that is known now.
+            self._check_context(np.zeros(len(self.request.images), int))
+
+    def start(self) -> None:
+        """Everything up to the first token of every row."""
+        selection = self._visual_tokens() if self.request.images else None
+        counts = np.zeros(0, int) if selection is None else np.asarray(selection.counts)
+        longest = self._check_context(counts)
+        room = self.config.text_config.context_length - longest
+        self.max_new_tokens = min(self.max_new_tokens, room)
+        layout = lay_out(
+            self.request.rows,
+            counts,
+            0 if selection is None else selection.tokens.shape[1],
+            batch=self.batch,
+            sequence=self.buckets.fit("sequence", longest),
+        )
+        with self._timed("prefill"):
+            self.state, self.first_logits = jax.block_until_ready(
+                _prefill(
+                    self.params,
+                    layout.token_ids,
+                    layout.visual_index,
+                    layout.lengths,
+                    None if selection is None else selection.tokens,
+                    self.sampling,
+                    self.eos,
+                    config=self.config,
+                    new_slots=self.buckets.fit("new_tokens", self.max_new_tokens),
+                    greedy=self.greedy,
+                )
+            )
+        self.counts = counts
+        self.indices = None if selection is None else np.asarray(selection.indices)
+        self._fetch()
+
+    def advance(self, tokens: int) -> None:
+        """Generate up to so many more tokens in every row that is not done."""
+        until = np.int32(min(self.step + tokens, self.max_new_tokens))
+        with self._timed("decode"):
+            self.state = _decode(
+                self.params,
+                self.state,
+                until,
+                self.sampling,
+                self.eos,
+                config=self.config,
+                greedy=self.greedy,
+            )
+            self._fetch()
+
+    @property
+    def finished(self) -> bool:
+        if self.step >= self.max_new_tokens:
+            return True
+        return all(answer.finish_reason != "length" for answer in self.answers())
+
+    def answers(self) -> list[Answer]:
+        """The answers so far; a row that goes on has the finish reason "length"."""
+        return [self._answer(b) for b in range(len(self.request.rows))]
+
+    def safe_part(self, text: str) -> str:
+        """What of an unfinished text can be shown: no half character, no half stop string."""
+        text = text.rstrip("\ufffd")
+        for string in self.stop:
+            for size in range(len(string) - 1, 0, -1):
+                if text.endswith(string[:size]):
+                    return text[:-size]
+        return text
+
+    def _visual_tokens(self) -> Selection:
+        """Encode all images of the batch and prune them."""
+        config, method = self.config, self.method
+        with self._timed("preprocess"):
+            pixels = pixel_values(
+                self.processor, self.request.images, config.vision_config.image_size
+            )
+            padding = self.buckets.fit("images", len(pixels)) - len(pixels)
+            pixels = np.pad(pixels, ((0, padding), (0, 0), (0, 0), (0, 0)))
+        with self._timed("encode"):
+            signals = frozenset() if method is None else method.signals
+            vision = _encode(self.params, pixels, config=config, signals=signals)
+            jax.block_until_ready(vision)
+        images, N = vision.features.shape[:2]
+        if method is None:
+            return Selection(
+                tokens=vision.features,
+                counts=jnp.full(images, N, jnp.int32),
+                indices=jnp.tile(jnp.arange(N, dtype=jnp.int32) - config.keep_cls, (images, 1)),
+            )
+        with self._timed("select"):
+            patches = N - config.keep_cls
+            capacity = method.fixed_count(patches)
+            if capacity is None:
+                # The one number an image that the host has to know.
+                most = int(np.max(_count(vision, config=config, method=method)))
+                bucket = self.buckets.fit("visual", most)
+                capacity = min(bucket - config.keep_cls, patches + method.extra_tokens)
+            selection = _select(
+                vision, config=config, method=method, capacity=capacity + config.keep_cls
+            )
+            return jax.block_until_ready(selection)
+
+    def _check_context(self, counts: np.ndarray) -> int:
+        longest = max(row_lengths(self.request.rows, counts))
+        context = self.config.text_config.context_length
+        if longest >= context:
+            raise UserError(
+                f"The prompt is {longest} tokens long with its images, but the model's context "
+                f"is {context}; shorten it{' or prune more' if self.request.images else ''}."
+            )
+        return longest
+
+    def _fetch(self) -> None:
+        rows = len(self.request.rows)
+        fetched = jax.device_get(
+            (self.state.step, self.state.tokens, self.state.lengths, self.state.done)
+        )
+        self.step = int(fetched[0])
+        self.tokens, self.lengths, self.done = (array[:rows] for array in fetched[1:])
+
+    def _answer(self, b: int) -> Answer:
+        row = self.request.rows[b]
+        ids = self.tokens[b, : self.lengths[b]].tolist()
+        text, reason = decode_text(self.processor, ids), "eos" if self.done[b] else "length"
+        ends = [text.find(string) for string in self.stop if string in text]
+        if ends:
+            text, reason = text[: min(ends)], "stop"
+        first = int(self.config.keep_cls)
+        indices = self.indices if self.indices is not None else np.zeros((0, 0), np.int32)
+        kept = [indices[i, first : self.counts[i]] for i in row.images]
+        return Answer(
+            text=text,
+            token_ids=ids,
+            finish_reason=reason,
+            prompt_tokens=row_lengths([row], self.counts)[0],
+            visual_tokens=[int(self.counts[i]) for i in row.images],
+            unpruned_visual_tokens=[self.config.num_image_tokens] * len(row.images),
+            kept_indices=kept,
+            seconds=dict(self.seconds),
+        )
+
+    def _timed(self, stage: str) -> "_Timer":
+        return _Timer(self.seconds, stage)
+
+
+class _Timer:
+    def __init__(self, seconds: dict[str, float], stage: str) -> None:
+        self.seconds, self.stage = seconds, stage
+
+    def __enter__(self) -> None:
+        self.began = time.perf_counter()
+
+    def __exit__(self, *_: Any) -> None:
+        spent = time.perf_counter() - self.began
+        self.seconds[self.stage] = self.seconds.get(self.stage, 0.0) + spent
+
+
+def _unpack(
+    params: Params | Mapping[str, Any], config: Any, processor: Processor | None
+) -> tuple[dict[str, Any], Any, Processor]:
+    if isinstance(params, Params):
+        config = params.config if config is None else config
+        processor = params.processor if processor is None else processor
+        params = params.arrays
+    elif not isinstance(params, Mapping):
+        raise UserError(
+            f"params is a {type(params).__name__}; expected what jaxprune.load gives, or a "
+            "nested dict of arrays."
+        )
+    if config is None or processor is None:
+        raise UserError("Bare params need config= and processor=; jaxprune.load gives all three.")
+    return dict(params), config, processor

@@ -1,0 +1,26 @@
+"""Reading the JSON files of model directories."""
+
+import json
+import pathlib
+from typing import Any
+
+from jaxprune.errors import UserError
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        UserError: when the file is missing, unreadable or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{path.parent} has no {path.name}; expected a Hugging Face model directory."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not readable JSON ({error}); download it again.") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}; expected a JSON object.")
+    return content

@@ -1,0 +1,93 @@
+"""A model directory -> everything that `generate` needs, in one pytree."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+
+from jaxprune import checkpoints_convert
+from jaxprune.checkpoints_convert.load import existing_directory, is_original
+from jaxprune.json_file import read_json
+from jaxprune.processing import Processor, load_processor
+
+SMALL_MODEL = pathlib.Path(__file__).parent / "assets" / "small_llava"
+"""The model that ships: it answers questions about drawn scenes."""
+
+DEMO_IMAGE = pathlib.Path(__file__).parent / "assets" / "demo.png"
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Params:
+    """A model's parameters, with its config and processor riding along.
+
+    A pytree whose leaves are the arrays, so `jax.tree.map` and `jax.device_put` work on it;
+    `params["language_model"]` reads like the plain dict in `arrays`.
+
+    Attributes:
+        arrays: nested dicts under "vision_tower", "multi_modal_projector", "language_model".
+        config: the model's config; static.
+        processor: tokenizer and image processor; static.
+    """
+
+    arrays: dict[str, Any]
+    config: Any = dataclasses.field(metadata={"static": True})
+    processor: Processor | None = dataclasses.field(metadata={"static": True}, default=None)
+
+    def __getitem__(self, name: str) -> Any:
+        return self.arrays[name]
+
+
+def load(
+    directory: Any = None,
+    *,
+    dtype: str = "auto",
+    mesh: jax.sharding.Mesh | None = None,
+    vision_tower: Any = None,
+    show_progress: bool | None = None,
+) -> Params:
+    """Load a LLaVA from a Hugging Face directory as it is; without one, the small model that ships.
+
+    Tensors are read one at a time, so host memory peaks at about the size of the weights in
+    `dtype`. PyTorch is needed for `.bin` files alone.
+
+    Args:
+        directory: the model's directory.
+        dtype: "float32", "bfloat16", "float16", or "auto": float32 on CPU; on an
+            accelerator bfloat16 for 16-bit weights, else float32.
+        mesh: a device mesh to lay the weights over; see `jaxprune.partition`.
+        vision_tower: the CLIP tower's directory, for checkpoints in LLaVA's original
+            format, which do not hold it.
+        show_progress: a bar on stderr; None shows it in a terminal.
+
+    Raises:
+        jaxprune.UserError: for anything wrong with the directory.
+    """
+    path = existing_directory(SMALL_MODEL if directory is None else directory)
+    arrays, config = checkpoints_convert.load_checkpoint(
+        path, dtype=dtype, mesh=mesh, vision_tower=vision_tower, show_progress=show_progress
+    )
+    original = is_original(read_json(path / "config.json"))
+    return Params(arrays, config, load_processor(path, original=original))
+
+
+def export(params: Params, directory: Any, *, show_progress: bool | None = None) -> None:
+    """Write a model as a Hugging Face directory that `transformers` loads.
+
+    Args:
+        params: the model.
+        directory: must not exist; it appears complete or not at all.
+        show_progress: a bar on stderr; None shows it in a terminal.
+
+    Raises:
+        jaxprune.UserError: when `directory` exists or cannot be written.
+    """
+    companions = params.processor.directory if params.processor else None
+    checkpoints_convert.export(
+        params.arrays,
+        params.config,
+        directory,
+        companions=companions,
+        show_progress=show_progress,
+    )

@@ -1,0 +1,54 @@
+"""Reading a Hugging Face `config.json` strictly: an unknown field is refused, not ignored."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxprune.errors import UserError
+
+# Fields that every Hugging Face config may carry and that do not change a forward pass:
+# bookkeeping, and generation settings that old releases wrote into the model's config.
+INERT_FIELDS = frozenset(
+    """
+    _name_or_path _attn_implementation_autoset _commit_hash add_cross_attention architectures
+    attention_dropout attn_implementation auto_map bad_words_ids begin_suppress_tokens bos_token_id
+    chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id
+    diversity_penalty do_sample dropout dtype early_stopping encoder_no_repeat_ngram_size
+    eos_token_id exponential_decay_length_penalty finetuning_task forced_bos_token_id
+    forced_eos_token_id id2label initializer_factor initializer_range is_decoder
+    is_encoder_decoder label2id length_penalty max_length min_length model_type
+    no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_attentions
+    output_hidden_states output_scores pad_token_id prefix pretraining_tp problem_type
+    projection_dim pruned_heads remove_invalid_values repetition_penalty return_dict
+    return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature
+    tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript
+    transformers_version typical_p use_bfloat16 use_cache vocab_size
+    """.split()
+)
+
+
+def refuse_unknown(fields: Mapping[str, Any], handled: set[str], where: str) -> None:
+    """Raise `UserError` when `fields` holds one that is neither handled nor inert."""
+    unknown = sorted(set(fields) - handled - INERT_FIELDS)
+    if unknown:
+        raise UserError(
+            f"{where} has fields that this port does not handle: {', '.join(unknown)}. "
+            "Ignoring them could change the answers; remove them if they do not matter."
+        )
+
+
+def require(fields: Mapping[str, Any], name: str, allowed: tuple, where: str, default: Any) -> Any:
+    """The value of `fields[name]`, refused when it is none of `allowed`."""
+    value = fields.get(name, default)
+    if value not in allowed:
+        raise UserError(
+            f"{where} has {name}={value!r}; supported: {', '.join(repr(a) for a in allowed)}."
+        )
+    return value
+
+
+def require_sizes(config: Any, names: tuple[str, ...], where: str) -> None:
+    """Raise `UserError` unless each named attribute of `config` is a positive int."""
+    for name in names:
+        value = getattr(config, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise UserError(f"{where} has {name}={value!r}; expected a positive whole number.")

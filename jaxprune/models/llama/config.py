@@ -1,0 +1,144 @@
+"""Sizes of a LLaMA decoder."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from jaxprune.errors import UserError
+from jaxprune.models.activations import ACTIVATIONS
+from jaxprune.models.config import refuse_unknown, require, require_sizes
+
+_WHERE = "The LLaMA config"
+_SCALING_FIELDS = {
+    "default": set(),
+    "linear": {"factor"},
+    "dynamic": {"factor"},
+    "llama3": {
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    },
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How rotary frequencies are stretched: kind "default", "linear", "dynamic" or "llama3"."""
+
+    kind: str = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+    @classmethod
+    def from_hf(cls, fields: Mapping[str, Any]) -> "RopeScaling":
+        """From `rope_scaling` (transformers 4) or `rope_parameters` (5), theta aside."""
+        fields = dict(fields)
+        old_name = fields.pop("type", "default")
+        kind = fields.pop("rope_type", old_name)
+        if kind not in _SCALING_FIELDS:
+            raise UserError(
+                f"{_WHERE} has RoPE scaling {kind!r}; supported: {', '.join(_SCALING_FIELDS)}."
+            )
+        missing = _SCALING_FIELDS[kind] - set(fields)
+        unknown = set(fields) - _SCALING_FIELDS[kind]
+        if missing or unknown:
+            raise UserError(
+                f"{_WHERE} has {kind!r} RoPE scaling with missing fields {sorted(missing)} and "
+                f"unknown fields {sorted(unknown)}; expected {sorted(_SCALING_FIELDS[kind])}."
+            )
+        return cls(kind=kind, **fields)
+
+    def to_hf(self) -> dict[str, Any]:
+        fields = {name: getattr(self, name) for name in sorted(_SCALING_FIELDS[self.kind])}
+        return {"rope_type": self.kind, **fields}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LlamaConfig:
+    """A LLaMA decoder; the defaults are Vicuna-7B, the language model of LLaVA-1.5-7B."""
+
+    vocab_size: int = 32064
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 32
+    head_dim: int = 128
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 4096
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling = RopeScaling()
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    tie_word_embeddings: bool = False
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        sizes = (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "max_position_embeddings",
+        )
+        require_sizes(self, sizes, _WHERE)
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise UserError(
+                f"{_WHERE} has {self.num_attention_heads} attention heads, which its "
+                f"{self.num_key_value_heads} key/value heads do not divide."
+            )
+        if self.head_dim % 2:
+            raise UserError(f"{_WHERE} has head_dim={self.head_dim}; RoPE needs an even number.")
+
+    @property
+    def context_length(self) -> int:
+        """Positions the model can tell apart, its RoPE scaling counted in."""
+        if self.rope_scaling.kind in ("linear", "dynamic"):
+            return int(self.max_position_embeddings * self.rope_scaling.factor)
+        return self.max_position_embeddings
+
+    @classmethod
+    def from_hf(cls, fields: Mapping[str, Any], *, dtype: str = "float32") -> "LlamaConfig":
+        """From the dict of a `transformers` `LlamaConfig`; absent fields have its defaults.
+
+        Raises:
+            UserError: for a field or value that this port does not handle.
+        """
+        names = {field.name for field in dataclasses.fields(cls)}
+        # max_sequence_length is a note in Vicuna's configs; RoPE's fields decide.
+        refuse_unknown(fields, names | {"rope_parameters", "max_sequence_length"}, _WHERE)
+        require(fields, "hidden_act", tuple(ACTIVATIONS), _WHERE, "silu")
+
+        rope = dict(fields.get("rope_parameters") or fields.get("rope_scaling") or {})
+        theta = rope.pop("rope_theta", None) or fields.get("rope_theta") or 10000.0
+        heads = fields.get("num_attention_heads", 32)
+        hidden_size = fields.get("hidden_size", 4096)
+        defaults = {
+            "vocab_size": 32000,
+            "max_position_embeddings": 2048,
+            "rms_norm_eps": 1e-6,
+        }
+        given = {name: fields[name] for name in names if fields.get(name) is not None}
+        computed = {
+            "num_key_value_heads": fields.get("num_key_value_heads") or heads,
+            "head_dim": fields.get("head_dim") or hidden_size // max(heads, 1),
+            "rope_theta": float(theta),
+            "rope_scaling": RopeScaling.from_hf(rope),
+            "dtype": dtype,
+        }
+        return cls(**{**defaults, **given, **computed})
+
+    def to_hf(self) -> dict[str, Any]:
+        """The dict that `LlamaConfig` of transformers 4 and 5 reads back."""
+        fields = dataclasses.asdict(self)
+        del fields["dtype"], fields["rope_scaling"]
+        if self.rope_scaling.kind != "default":
+            fields["rope_scaling"] = self.rope_scaling.to_hf()
+        return {"model_type": "llama", **fields}

@@ -1,0 +1,258 @@
+"""LLaMA decoder (arXiv 2302.13971), fed with embeddings rather than token ids.
+
+Pre-RMSNorm, rotary positions, SwiGLU, grouped-query attention. Two ways through it:
+`prefill` takes a whole prompt and builds the key/value caches, `decode` takes one new
+token a row. Layers are a plain list, so that every layer can own a cache of its own length.
+"""
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from jaxprune.models.activations import ACTIVATIONS
+from jaxprune.models.llama.config import LlamaConfig
+from jaxprune.ops import rope
+from jaxprune.ops.attention import attention, causal_mask
+
+
+class Tokens(flax.struct.PyTreeNode):
+    """A padded batch of embedded tokens; slot order is causal order.
+
+    Attributes:
+        x: `[B, S, D]` hidden states.
+        positions: int32 `[B, S]`, carried along, never implied by the slot.
+        valid: bool `[B, S]`; a slot that is not valid is padding.
+    """
+
+    x: jax.Array
+    positions: jax.Array
+    valid: jax.Array
+
+
+class LayerCache(flax.struct.PyTreeNode):
+    """One layer's keys and values, with room for the tokens still to come.
+
+    Attributes:
+        k: `[B, key/value heads, S + new, d]`, rotated.
+        v: as `k`.
+        valid: bool `[B, S + new]`. Every layer has its own, so that all can be donated.
+        length: int32 `[]`, S: generated token i goes to slot S + i of every row.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    valid: jax.Array
+    length: jax.Array
+
+
+def rope_frequencies(config: LlamaConfig, length: jax.Array) -> jax.Array:
+    """Inverse frequencies `[d / 2]`, or `[B, d / 2]` where they follow the length `[B]`."""
+    scaling = config.rope_scaling
+    if scaling.kind == "dynamic":
+        return rope.dynamic_frequencies(
+            length,
+            head_dim=config.head_dim,
+            theta=config.rope_theta,
+            factor=scaling.factor,
+            max_length=config.max_position_embeddings,
+        )
+    inv_freq = rope.frequencies(config.head_dim, config.rope_theta)
+    if scaling.kind == "linear":
+        inv_freq = inv_freq / scaling.factor
+    if scaling.kind == "llama3":
+        inv_freq = rope.llama3_frequencies(
+            inv_freq,
+            factor=scaling.factor,
+            low=scaling.low_freq_factor,
+            high=scaling.high_freq_factor,
+            original_length=scaling.original_max_position_embeddings,
+        )
+    return jnp.asarray(inv_freq, jnp.float32)
+
+
+class LlamaAttention(nn.Module):
+    config: LlamaConfig
+
+    def setup(self) -> None:
+        c = self.config
+
+        def dense(features: int) -> nn.Dense:
+            return nn.Dense(features, use_bias=c.attention_bias, dtype=c.dtype, param_dtype=c.dtype)
+
+        self.q_proj = dense(c.num_attention_heads * c.head_dim)
+        self.k_proj = dense(c.num_key_value_heads * c.head_dim)
+        self.v_proj = dense(c.num_key_value_heads * c.head_dim)
+        self.o_proj = dense(c.hidden_size)
+
+    def qkv(
+        self, x: jax.Array, positions: jax.Array, inv_freq: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """`[B, T, D]` -> q `[B, H, T, d]`, k and v `[B, key/value heads, T, d]`, rotated."""
+
+        def heads(y: jax.Array) -> jax.Array:
+            return y.reshape(*y.shape[:2], -1, self.config.head_dim).swapaxes(1, 2)
+
+        q = rope.rotate(heads(self.q_proj(x)), positions, inv_freq)
+        k = rope.rotate(heads(self.k_proj(x)), positions, inv_freq)
+        return q, k, heads(self.v_proj(x))
+
+    def output(self, heads: jax.Array) -> jax.Array:
+        B, _, T, _ = heads.shape
+        return self.o_proj(heads.swapaxes(1, 2).reshape(B, T, -1))
+
+
+class LlamaMLP(nn.Module):
+    config: LlamaConfig
+
+    def setup(self) -> None:
+        c = self.config
+
+        def dense(features: int) -> nn.Dense:
+            return nn.Dense(features, use_bias=c.mlp_bias, dtype=c.dtype, param_dtype=c.dtype)
+
+        self.gate_proj = dense(c.intermediate_size)
+        self.up_proj = dense(c.intermediate_size)
+        self.down_proj = dense(c.hidden_size)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        act = ACTIVATIONS[self.config.hidden_act]
+        return self.down_proj(act(self.gate_proj(x)) * self.up_proj(x))
+
+
+def rms_norm(config: LlamaConfig) -> nn.RMSNorm:
+    return nn.RMSNorm(epsilon=config.rms_norm_eps, dtype=config.dtype, param_dtype=config.dtype)
+
+
+class LlamaLayer(nn.Module):
+    config: LlamaConfig
+
+    def setup(self) -> None:
+        self.input_layernorm = rms_norm(self.config)
+        self.self_attn = LlamaAttention(self.config)
+        self.post_attention_layernorm = rms_norm(self.config)
+        self.mlp = LlamaMLP(self.config)
+
+    def attend(
+        self, x: jax.Array, positions: jax.Array, inv_freq: jax.Array, mask: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """Attention among `[B, S, D]`, residual added; with the q, k and v that it used."""
+        q, k, v = self.self_attn.qkv(self.input_layernorm(x), positions, inv_freq)
+        return x + self.self_attn.output(attention(q, k, v, mask)), q, k, v
+
+    def attend_cached(
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        inv_freq: jax.Array,
+        cache: LayerCache,
+        step: jax.Array,
+    ) -> tuple[jax.Array, LayerCache]:
+        """One new token a row, `[B, 1, D]`, against the cache, which takes it in."""
+        q, k, v = self.self_attn.qkv(self.input_layernorm(x), positions, inv_freq)
+        slot = cache.length + step
+        seen = jnp.ones((x.shape[0], 1), bool)
+        update = jax.lax.dynamic_update_slice_in_dim
+        cache = cache.replace(
+            k=update(cache.k, k, slot, axis=2),
+            v=update(cache.v, v, slot, axis=2),
+            valid=update(cache.valid, seen, slot, axis=1),
+        )
+        out = attention(q, cache.k, cache.v, cache.valid[:, None, :])
+        return x + self.self_attn.output(out), cache
+
+    def feed_forward(self, x: jax.Array) -> jax.Array:
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class LlamaDecoder(nn.Module):
+    config: LlamaConfig
+
+    def setup(self) -> None:
+        c = self.config
+        self.embed_tokens = nn.Embed(
+            c.vocab_size, c.hidden_size, dtype=c.dtype, param_dtype=c.dtype
+        )
+        self.layers = [LlamaLayer(c) for _ in range(c.num_hidden_layers)]
+        self.norm = rms_norm(c)
+        if not c.tie_word_embeddings:
+            self.lm_head = nn.Dense(
+                c.vocab_size, use_bias=False, dtype=c.dtype, param_dtype=c.dtype
+            )
+
+    def __call__(self, token_ids: jax.Array) -> jax.Array:
+        """Text alone: int32 `[B, S]` -> float32 logits `[B, S, vocabulary]`."""
+        positions = jnp.broadcast_to(jnp.arange(token_ids.shape[1]), token_ids.shape)
+        valid = jnp.ones(token_ids.shape, bool)
+        x, _ = self.prefill(Tokens(self.embed(token_ids), positions, valid), new_slots=0)
+        return self.logits(x)
+
+    def embed(self, token_ids: jax.Array) -> jax.Array:
+        """int32 `[B, S]` -> `[B, S, D]`."""
+        return self.embed_tokens(token_ids)
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """Hidden states `[..., D]`, not yet normed -> float32 logits `[..., vocabulary]`."""
+        x = self.norm(x)
+        head = self.embed_tokens.attend if self.config.tie_word_embeddings else self.lm_head
+        return head(x).astype(jnp.float32)
+
+    def prefill(
+        self, tokens: Tokens, *, new_slots: int, mask: jax.Array | None = None
+    ) -> tuple[jax.Array, tuple[LayerCache, ...]]:
+        """A whole prompt through all layers.
+
+        Args:
+            tokens: the embedded prompt.
+            new_slots: room in the caches for tokens to be generated.
+            mask: bool `[B or 1, S, S]` instead of the causal one, for packed training rows.
+
+        Returns:
+            Hidden states `[B, S, D]` before the last norm, and a cache per layer.
+        """
+        length = jnp.max(jnp.where(tokens.valid, tokens.positions, -1), axis=-1) + 1
+        inv_freq = rope_frequencies(self.config, length)
+        mask = causal_mask(tokens.valid) if mask is None else mask
+        caches = []
+        for layer in self.layers:
+            x, _, k, v = layer.attend(tokens.x, tokens.positions, inv_freq, mask)
+            caches.append(_new_cache(k, v, tokens.valid, new_slots))
+            tokens = tokens.replace(x=layer.feed_forward(x))
+        return tokens.x, tuple(caches)
+
+    def decode(
+        self,
+        token_ids: jax.Array,
+        positions: jax.Array,
+        caches: tuple[LayerCache, ...],
+        step: jax.Array,
+    ) -> tuple[jax.Array, tuple[LayerCache, ...]]:
+        """One generated token a row through all layers.
+
+        Args:
+            token_ids: int32 `[B]`.
+            positions: int32 `[B]`.
+            caches: one a layer.
+            step: int32 `[]`, how many generated tokens the caches hold already.
+
+        Returns:
+            float32 logits `[B, vocabulary]` for the next token, and the caches.
+        """
+        x = self.embed(token_ids[:, None])
+        inv_freq = rope_frequencies(self.config, positions + 1)
+        updated = []
+        for layer, cache in zip(self.layers, caches, strict=True):
+            x, cache = layer.attend_cached(x, positions[:, None], inv_freq, cache, step)
+            updated.append(cache)
+            x = layer.feed_forward(x)
+        return self.logits(x[:, 0]), tuple(updated)
+
+
+def _new_cache(k: jax.Array, v: jax.Array, valid: jax.Array, new_slots: int) -> LayerCache:
+    room = ((0, 0), (0, 0), (0, new_slots), (0, 0))
+    return LayerCache(
+        k=jnp.pad(k, room),
+        v=jnp.pad(v, room),
+        valid=jnp.pad(valid, ((0, 0), (0, new_slots))),
+        length=jnp.asarray(valid.shape[1], jnp.int32),
+    )

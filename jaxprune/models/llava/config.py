@@ -1,0 +1,127 @@
+"""Sizes of a LLaVA-1.5 model."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from jaxprune.errors import UserError
+from jaxprune.models.activations import ACTIVATIONS
+from jaxprune.models.clip.config import ClipVisionConfig
+from jaxprune.models.config import refuse_unknown, require
+from jaxprune.models.llama.config import LlamaConfig
+
+_WHERE = "The LLaVA config"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LlavaConfig:
+    """LLaVA-1.5 (arXiv 2310.03744); the defaults are the 7B model."""
+
+    vision_config: ClipVisionConfig = ClipVisionConfig()
+    text_config: LlamaConfig = LlamaConfig()
+    image_token_index: int = 32000
+    vision_feature_layer: int | tuple[int, ...] = -2
+    vision_feature_select_strategy: str = "default"
+    projector_hidden_act: str = "gelu"
+    multimodal_projector_bias: bool = True
+
+    def __post_init__(self) -> None:
+        layers = self.vision_config.num_hidden_layers
+        for index in self.feature_layers:
+            if not -layers - 1 <= index <= layers:
+                raise UserError(
+                    f"{_WHERE} has vision_feature_layer={self.vision_feature_layer!r}; the tower "
+                    f"has {layers} layers, so expected {-layers - 1} to {layers}."
+                )
+
+    @property
+    def feature_layers(self) -> tuple[int, ...]:
+        """The hidden states of the tower whose concatenation is projected."""
+        index = self.vision_feature_layer
+        return index if isinstance(index, tuple) else (index,)
+
+    @property
+    def keep_cls(self) -> bool:
+        """Whether the CLS token is a feature like any other (select strategy "full")."""
+        return self.vision_feature_select_strategy == "full"
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Visual tokens of one image before pruning."""
+        return self.vision_config.num_patches + self.keep_cls
+
+    @property
+    def dtype(self) -> str:
+        return self.text_config.dtype
+
+    @classmethod
+    def llava_1_5_7b(cls, *, dtype: str = "float32") -> "LlavaConfig":
+        """LLaVA-1.5-7B: ViT-L/14 at 336 pixels, Vicuna-7B."""
+        return cls(
+            vision_config=ClipVisionConfig(dtype=dtype), text_config=LlamaConfig(dtype=dtype)
+        )
+
+    @classmethod
+    def llava_1_5_13b(cls, *, dtype: str = "float32") -> "LlavaConfig":
+        """LLaVA-1.5-13B: ViT-L/14 at 336 pixels, Vicuna-13B."""
+        text_config = LlamaConfig(
+            hidden_size=5120,
+            intermediate_size=13824,
+            num_hidden_layers=40,
+            num_attention_heads=40,
+            num_key_value_heads=40,
+            dtype=dtype,
+        )
+        return cls(vision_config=ClipVisionConfig(dtype=dtype), text_config=text_config)
+
+    @classmethod
+    def from_hf(cls, fields: Mapping[str, Any], *, dtype: str = "float32") -> "LlavaConfig":
+        """From the dict of a `transformers` `LlavaConfig`; absent fields have its defaults.
+
+        Raises:
+            UserError: for a field, value or sub-model that this port does not handle.
+        """
+        handled = {field.name for field in dataclasses.fields(cls)}
+        handled |= {"image_seq_length", "ignore_index", "image_token_id", "tie_word_embeddings"}
+        refuse_unknown(fields, handled, _WHERE)
+        select = require(
+            fields, "vision_feature_select_strategy", ("default", "full"), _WHERE, "default"
+        )
+        act = require(fields, "projector_hidden_act", tuple(ACTIVATIONS), _WHERE, "gelu")
+
+        vision = dict(fields.get("vision_config") or {})
+        require(vision, "model_type", ("clip_vision_model",), "The vision config", None)
+        # The tower that transformers assumes for LLaVA where a size is left out.
+        vision = {**ClipVisionConfig().to_hf(), "layer_norm_eps": 1e-5, **vision}
+        text = dict(fields.get("text_config") or {})
+        require(text, "model_type", ("llama",), "The text config", "llama")
+        if fields.get("tie_word_embeddings"):
+            text["tie_word_embeddings"] = True
+
+        layer = fields.get("vision_feature_layer", -2)
+        return cls(
+            vision_config=ClipVisionConfig.from_hf(vision, dtype=dtype),
+            text_config=LlamaConfig.from_hf(text, dtype=dtype),
+            image_token_index=fields.get("image_token_index", fields.get("image_token_id", 32000)),
+            vision_feature_layer=tuple(layer) if isinstance(layer, list) else layer,
+            vision_feature_select_strategy=select,
+            projector_hidden_act=act,
+            multimodal_projector_bias=fields.get("multimodal_projector_bias", True),
+        )
+
+    def to_hf(self) -> dict[str, Any]:
+        """The dict that `LlavaConfig` of transformers 4 and 5 reads back."""
+        layer = self.vision_feature_layer
+        return {
+            "architectures": ["LlavaForConditionalGeneration"],
+            "model_type": "llava",
+            "vision_config": self.vision_config.to_hf(),
+            "text_config": self.text_config.to_hf(),
+            "image_token_index": self.image_token_index,
+            "image_seq_length": self.num_image_tokens,
+            "vision_feature_layer": list(layer) if isinstance(layer, tuple) else layer,
+            "vision_feature_select_strategy": self.vision_feature_select_strategy,
+            "projector_hidden_act": self.projector_hidden_act,
+            "multimodal_projector_bias": self.multimodal_projector_bias,
+            "tie_word_embeddings": self.text_config.tie_word_embeddings,
+        }

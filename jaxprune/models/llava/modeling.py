@@ -1,0 +1,149 @@
+"""LLaVA-1.5 as pure functions over a nested dict of arrays, one function a stage.
+
+    pixel_values --encode_image--> features, signals --(pruning)--> visual tokens
+    visual tokens + token ids --embed--> Tokens --prefill--> logits, caches --decode--> ...
+
+`params` has the keys "vision_tower", "multi_modal_projector" and "language_model".
+Nothing here is jitted: whoever composes the stages puts one `jax.jit` around each.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxprune.models.activations import ACTIVATIONS
+from jaxprune.models.clip.modeling import ClipVisionTower
+from jaxprune.models.llama.modeling import LayerCache, LlamaDecoder, Tokens
+from jaxprune.models.llava.config import LlavaConfig
+from jaxprune.ops.visual import VisionOutput
+
+Params = dict[str, Any]
+
+
+class Projector(nn.Module):
+    """Two linear layers from the tower's width to the decoder's."""
+
+    config: LlavaConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        c = self.config
+
+        def dense(name: str) -> nn.Dense:
+            return nn.Dense(
+                c.text_config.hidden_size,
+                use_bias=c.multimodal_projector_bias,
+                dtype=c.dtype,
+                param_dtype=c.dtype,
+                name=name,
+            )
+
+        return dense("linear_2")(ACTIVATIONS[c.projector_hidden_act](dense("linear_1")(x)))
+
+
+def encode_image(
+    params: Params,
+    config: LlavaConfig,
+    pixel_values: jax.Array,
+    signals: frozenset[str] = frozenset(),
+) -> VisionOutput:
+    """Pixels `[I, H, W, 3]` -> features `[I, N, C]` and the signals asked for."""
+    vision: Any = ClipVisionTower(config.vision_config).apply(
+        {"params": params["vision_tower"]},
+        pixel_values,
+        feature_layers=config.feature_layers,
+        keep_cls=config.keep_cls,
+        signals=signals,
+        method="encode",
+    )
+    return vision
+
+
+def project(params: Params, config: LlavaConfig, features: jax.Array) -> jax.Array:
+    """Features `[..., C]` -> visual embeddings `[..., D]`."""
+    visual: Any = Projector(config).apply({"params": params["multi_modal_projector"]}, features)
+    return visual
+
+
+def embed(
+    params: Params,
+    config: LlavaConfig,
+    token_ids: jax.Array,
+    visual_index: jax.Array,
+    lengths: jax.Array,
+    visual_tokens: jax.Array | None,
+) -> Tokens:
+    """Text embeddings with the projected visual tokens laid in where the images stand.
+
+    Args:
+        token_ids: int32 `[B, S]`; what stands at a visual slot does not matter.
+        visual_index: int32 `[B, S]`: which of the batch's `I * K` visual tokens a slot
+            takes, or -1 for a text token.
+        lengths: int32 `[B]`: slots in use, from the left.
+        visual_tokens: `[I, K, C]`, or None for a batch of text alone.
+
+    Returns:
+        Tokens of `[B, S, D]` with contiguous positions.
+    """
+    x = _decoder(params, config, token_ids, method="embed")
+    if visual_tokens is not None:
+        visual = project(params, config, visual_tokens)
+        visual = visual.reshape(-1, visual.shape[-1])  # [I * K, D]
+        rows = jnp.take(visual, jnp.maximum(visual_index, 0), axis=0, mode="clip")
+        x = jnp.where((visual_index >= 0)[..., None], rows, x)
+    slots = jnp.arange(token_ids.shape[1], dtype=jnp.int32)[None]
+    valid = slots < lengths[:, None]
+    return Tokens(x=x, positions=jnp.broadcast_to(slots, valid.shape), valid=valid)
+
+
+def prefill(
+    params: Params, config: LlavaConfig, tokens: Tokens, *, new_slots: int
+) -> tuple[jax.Array, tuple[LayerCache, ...]]:
+    """The prompt through all layers: hidden states `[B, S, D]` and a cache per layer."""
+    return _decoder(params, config, tokens, new_slots=new_slots, method="prefill")
+
+
+def last_logits(
+    params: Params, config: LlavaConfig, hidden_states: jax.Array, lengths: jax.Array
+) -> jax.Array:
+    """float32 logits `[B, vocabulary]` behind each row's last token."""
+    last = jnp.take_along_axis(hidden_states, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    return _decoder(params, config, last, method="logits")
+
+
+def decode(
+    params: Params,
+    config: LlavaConfig,
+    token_ids: jax.Array,
+    positions: jax.Array,
+    caches: tuple[LayerCache, ...],
+    step: jax.Array,
+) -> tuple[jax.Array, tuple[LayerCache, ...]]:
+    """One generated token a row: float32 logits `[B, vocabulary]` and the caches."""
+    return _decoder(params, config, token_ids, positions, caches, step, method="decode")
+
+
+def _decoder(params: Params, config: LlavaConfig, *args: Any, **kwargs: Any) -> Any:
+    decoder = LlamaDecoder(config.text_config)
+    return decoder.apply({"params": params["language_model"]}, *args, **kwargs)
+
+
+def init_params(config: LlavaConfig, key: jax.Array) -> Params:
+    """Random parameters, for training from scratch and for tests."""
+    vision, projector, text = jax.random.split(key, 3)
+    size = config.vision_config.image_size
+    width = config.vision_config.hidden_size * len(config.feature_layers)
+    tower = ClipVisionTower(config.vision_config)
+    decoder = LlamaDecoder(config.text_config)
+    return {
+        "vision_tower": tower.init(vision, jnp.zeros((1, size, size, 3)))["params"],
+        "multi_modal_projector": Projector(config).init(projector, jnp.zeros((1, width)))["params"],
+        "language_model": decoder.init(text, jnp.zeros((1, 1), jnp.int32))["params"],
+    }
+
+
+def param_shapes(config: LlavaConfig) -> Params:
+    """The parameters' shapes and dtypes, without any memory."""
+    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))

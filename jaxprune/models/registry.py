@@ -1,0 +1,25 @@
+"""Model families by the `model_type` of their `config.json`."""
+
+from types import ModuleType
+from typing import Any
+
+from jaxprune.errors import UserError
+from jaxprune.models import llava
+
+FAMILIES: dict[str, ModuleType] = {"llava": llava}
+"""Each module has the stage functions of `models/llava/modeling.py` and a config class."""
+
+CONFIGS: dict[str, Any] = {"llava": llava.LlavaConfig}
+
+
+def family(config: Any) -> ModuleType:
+    """The module whose functions run a model of this config."""
+    return FAMILIES[family_name(config)]
+
+
+def family_name(config: Any) -> str:
+    for name, cls in CONFIGS.items():
+        if isinstance(config, cls):
+            return name
+    known = ", ".join(cls.__name__ for cls in CONFIGS.values())
+    raise UserError(f"config is a {type(config).__name__}; expected one of: {known}.")

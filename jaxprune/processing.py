@@ -1,0 +1,282 @@
+"""Host side of a request: images to pixels, prompts to token ids, token ids to text."""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from jaxprune.errors import UserError
+from jaxprune.json_file import read_json
+
+IMAGE_PLACEHOLDER = "<image>"
+Message = Mapping[str, Any]
+
+# The system prompt in front of every conversation of the original LLaVA-1.5 code.
+VICUNA_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant "
+    "gives helpful, detailed, and polite answers to the user's questions."
+)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Processor:
+    """Tokenizer and image processor of a model directory; compared by identity.
+
+    Attributes:
+        tokenizer: a `transformers` tokenizer.
+        image_processor: a `transformers` image processor of the PIL backend.
+        chat_template: Jinja template of the directory, or None for LLaVA-1.5's own format.
+        eos_token_ids: what ends an answer.
+        directory: where it came from; export copies its files.
+        system: text in front of a conversation, used with LLaVA-1.5's own format only.
+    """
+
+    tokenizer: Any
+    image_processor: Any
+    chat_template: str | None
+    eos_token_ids: tuple[int, ...]
+    directory: pathlib.Path | None = None
+    system: str | None = None
+
+    @functools.cached_property
+    def image_token_id(self) -> int | None:
+        """The id of "<image>", or None for a tokenizer that does not know it."""
+        return self.tokenizer.get_vocab().get(IMAGE_PLACEHOLDER)
+
+
+def pixel_values(processor: Processor, images: Sequence[Image.Image], size: int) -> np.ndarray:
+    """RGB images -> normalised float32 `[I, size, size, 3]`.
+
+    Raises:
+        UserError: when the processor's crop is not what the vision tower takes.
+    """
+    arrays = [np.asarray(image) for image in images]
+    found = processor.image_processor(arrays, input_data_format="channels_last")["pixel_values"]
+    pixels = np.stack([np.asarray(x, np.float32) for x in found]).transpose(0, 2, 3, 1)
+    if pixels.shape[1:] != (size, size, 3):
+        raise UserError(
+            f"The image processor gives {pixels.shape[1]} x {pixels.shape[2]} pixels, but the "
+            f"vision tower takes {size} x {size}; preprocessor_config.json is of another model."
+        )
+    return pixels
+
+
+def as_messages(prompt: Any, num_images: int) -> list[Message]:
+    """A prompt string or a conversation, as a conversation that ends with the user.
+
+    Args:
+        prompt: text, or messages {"role", "content"} whose content is text or a list of
+            parts {"type": "text", "text": ...} and {"type": "image"}.
+        num_images: images that go with it. Where the prompt has no placeholder they stand
+            in front of the first user message.
+
+    Raises:
+        UserError: for an empty or malformed prompt.
+    """
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    for message in messages:
+        if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
+            raise UserError(f"A message is {message!r}; expected a dict with 'role' and 'content'.")
+        if message["role"] not in ("system", "user", "assistant"):
+            raise UserError(
+                f"A message has role {message['role']!r}; expected system, user or assistant."
+            )
+    if not messages or messages[-1]["role"] != "user":
+        raise UserError("The conversation does not end with a user message; add the question.")
+    flat: list[Message] = [
+        {**message, "content": _as_text(message["content"])} for message in messages
+    ]
+    if not flat[-1]["content"].replace(IMAGE_PLACEHOLDER, "").strip():
+        raise UserError("The prompt is empty; ask something about the image.")
+    if num_images and not any(IMAGE_PLACEHOLDER in m["content"] for m in flat):
+        first = next(i for i, m in enumerate(flat) if m["role"] == "user")
+        front = (IMAGE_PLACEHOLDER + "\n") * num_images
+        flat[first] = {**flat[first], "content": front + flat[first]["content"]}
+    return flat
+
+
+def _as_text(content: Any) -> str:
+    if isinstance(content, str):
+        return content
+    pieces = []
+    for part in content if isinstance(content, Sequence) else [content]:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind == "image":
+            pieces.append(IMAGE_PLACEHOLDER + "\n")
+        elif kind == "text" and isinstance(part.get("text"), str):
+            pieces.append(part["text"])
+        else:
+            raise UserError(
+                f"A message has the content {part!r}; expected text, or parts "
+                "{'type': 'text', 'text': ...} and {'type': 'image'}."
+            )
+    return "".join(pieces)
+
+
+def render(processor: Processor, messages: Sequence[Message]) -> str:
+    """The conversation as one string, up to where the model is to answer."""
+    if processor.chat_template is None:
+        return _llava_format(processor, messages)
+    as_parts = [{**m, "content": _as_parts(m["content"])} for m in messages]
+    wanted = sum(m["content"].count(IMAGE_PLACEHOLDER) for m in messages)
+    # A processor's template takes parts, a text tokenizer's takes strings.
+    problem: Exception | None = None
+    for candidate in (as_parts, list(messages)):
+        try:
+            text = processor.tokenizer.apply_chat_template(
+                candidate,
+                chat_template=processor.chat_template,
+                tokenize=False,
+                add_generation_prompt=True,
+            )
+        except Exception as error:  # whatever a template raises, of its own or Jinja's
+            problem = error
+            continue
+        if (
+            text.count(IMAGE_PLACEHOLDER) == wanted
+            and messages[-1]["content"][-40:].strip() in text
+        ):
+            return text
+    raise UserError(
+        "The model's chat template cannot render this conversation "
+        f"({problem or 'parts are lost'}); pass the whole prompt yourself, with chat=False."
+    )
+
+
+def _as_parts(content: str) -> list[dict[str, str]]:
+    """Text with images in front as parts; images between words stay where they are."""
+    parts = []
+    while content.startswith(IMAGE_PLACEHOLDER):
+        parts.append({"type": "image"})
+        content = content.removeprefix(IMAGE_PLACEHOLDER).removeprefix("\n")
+    return [*parts, {"type": "text", "text": content}]
+
+
+def _llava_format(processor: Processor, messages: Sequence[Message]) -> str:
+    """`USER: <image>\\nquestion ASSISTANT:`, LLaVA-1.5's format, several turns joined."""
+    end = processor.tokenizer.eos_token or ""
+    text = ""
+    if messages[0]["role"] != "system" and processor.system:
+        text = processor.system + " "
+    for message in messages:
+        if message["role"] == "system":
+            text += message["content"] + " "
+        elif message["role"] == "user":
+            text += f"USER: {message['content']} ASSISTANT:"
+        else:
+            text += f" {message['content']}{end}"
+    return text
+
+
+def tokenize(processor: Processor, text: str, num_images: int) -> list[list[int]]:
+    """Token ids between the images: `num_images + 1` lists.
+
+    Raises:
+        UserError: when the placeholders in `text` are not as many as the images.
+    """
+    found = text.count(IMAGE_PLACEHOLDER)
+    if found != num_images:
+        raise UserError(
+            f"The prompt has {found} {IMAGE_PLACEHOLDER} placeholder(s) but comes with "
+            f"{num_images} image(s); give as many images as placeholders."
+        )
+    tokenizer = processor.tokenizer
+    bos = tokenizer.bos_token
+    add_bos = not (bos and text.startswith(bos))
+    if processor.image_token_id is not None or not num_images:
+        ids = tokenizer(text, add_special_tokens=add_bos)["input_ids"]
+        pieces: list[list[int]] = [[]]
+        for token in ids:
+            if num_images and token == processor.image_token_id:
+                pieces.append([])
+            else:
+                pieces[-1].append(token)
+        return pieces
+    # A tokenizer that does not know "<image>": the text around it, piece by piece.
+    chunks = text.split(IMAGE_PLACEHOLDER)
+    pieces = [tokenizer(chunk, add_special_tokens=False)["input_ids"] for chunk in chunks]
+    if add_bos and tokenizer.bos_token_id is not None:
+        pieces[0] = [tokenizer.bos_token_id, *pieces[0]]
+    return pieces
+
+
+def decode_text(processor: Processor, token_ids: Sequence[int]) -> str:
+    """Token ids -> text, special tokens left out."""
+    return processor.tokenizer.decode(token_ids, skip_special_tokens=True).strip()
+
+
+def load_processor(directory: pathlib.Path, *, original: bool = False) -> Processor:
+    """Tokenizer, image processor and chat template of a model directory.
+
+    Args:
+        directory: the model's directory. Nothing in it is executed: `trust_remote_code`
+            is off, and templates run in Jinja's sandbox.
+        original: the directory is of LLaVA's original format.
+
+    Raises:
+        UserError: when a part is missing or damaged.
+    """
+    from transformers import AutoImageProcessor, AutoTokenizer  # slow to import
+    from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(directory), local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # transformers raises many types for missing or odd files
+        raise UserError(
+            f"{directory} has no usable tokenizer ({_first_line(error)}); expected "
+            "tokenizer.json or tokenizer.model with tokenizer_config.json."
+        ) from None
+    if original:
+        pad = read_json(directory / "config.json").get("image_aspect_ratio") == "pad"
+        size = {"height": 336, "width": 336}
+        image_processor = LlavaImageProcessorPil(
+            do_pad=pad, size={"shortest_edge": 336}, crop_size=size
+        )
+    else:
+        try:
+            image_processor = AutoImageProcessor.from_pretrained(
+                str(directory), local_files_only=True, trust_remote_code=False, backend="pil"
+            )
+        except Exception as error:
+            raise UserError(
+                f"{directory} has no usable image processor ({_first_line(error)}); expected "
+                "preprocessor_config.json or processor_config.json."
+            ) from None
+    return Processor(
+        tokenizer=tokenizer,
+        image_processor=image_processor,
+        chat_template=_chat_template(directory, tokenizer),
+        eos_token_ids=_eos_token_ids(directory, tokenizer),
+        directory=directory,
+        system=VICUNA_SYSTEM if original else None,
+    )
+
+
+def _chat_template(directory: pathlib.Path, tokenizer: Any) -> str | None:
+    if (directory / "chat_template.jinja").is_file():
+        return (directory / "chat_template.jinja").read_text(encoding="utf-8")
+    for name in ("chat_template.json", "processor_config.json"):
+        if (directory / name).is_file():
+            template = read_json(directory / name).get("chat_template")
+            if isinstance(template, str):
+                return template
+    template = tokenizer.chat_template
+    return template if isinstance(template, str) else None
+
+
+def _eos_token_ids(directory: pathlib.Path, tokenizer: Any) -> tuple[int, ...]:
+    found: list[Any] = [tokenizer.eos_token_id]
+    if (directory / "generation_config.json").is_file():
+        listed = read_json(directory / "generation_config.json").get("eos_token_id")
+        found += listed if isinstance(listed, list) else [listed]
+    return tuple(sorted({token for token in found if isinstance(token, int)}))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

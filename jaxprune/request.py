@@ -1,0 +1,167 @@
+"""What the user asked, as rows of token ids and images: all host-side checks are here."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from jaxprune.errors import UserError
+from jaxprune.images import load_image
+from jaxprune.processing import IMAGE_PLACEHOLDER, Processor, as_messages, render, tokenize
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One prompt: the token ids between its images, and which images those are."""
+
+    pieces: list[list[int]]
+    images: list[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A batch of prompts.
+
+    Attributes:
+        rows: one a prompt.
+        images: the distinct images of all rows, RGB.
+        single: the user gave one prompt rather than a list, and gets one answer.
+    """
+
+    rows: list[Row]
+    images: list[Image.Image]
+    single: bool
+
+
+def make_request(processor: Processor, image: Any, prompt: Any, *, chat: bool) -> Request:
+    """Pair prompts with images, apply the chat template, tokenize.
+
+    Args:
+        image: None, one image, or a list: an image (or a list of images) for each prompt.
+        prompt: a string, a conversation (list of messages), or a list of either.
+        chat: apply the chat template; False takes prompts as they stand.
+
+    Raises:
+        UserError: for prompts and images that do not fit together, or a broken image.
+    """
+    prompts, image_lists, single = _pair(image, prompt)
+    distinct: dict[int, int] = {}  # the same object in several rows is encoded once
+    loaded: list[Image.Image] = []
+    rows = []
+    for text, row_images in zip(prompts, image_lists, strict=True):
+        for item in row_images:
+            if id(item) not in distinct:
+                distinct[id(item)] = len(loaded)
+                loaded.append(load_image(item))
+        number = len(row_images)
+        if chat:
+            text = render(processor, as_messages(text, number))
+        elif not isinstance(text, str):
+            raise UserError("chat=False takes prompts as they stand; expected a string.")
+        elif not text.replace(IMAGE_PLACEHOLDER, "").strip():
+            raise UserError("The prompt is empty; ask something about the image.")
+        pieces = tokenize(processor, text, number)
+        rows.append(Row(pieces, [distinct[id(item)] for item in row_images]))
+    return Request(rows, loaded, single)
+
+
+def _pair(image: Any, prompt: Any) -> tuple[list[Any], list[list[Any]], bool]:
+    """Prompts, the images of each, and whether there is a single one."""
+    if prompt is None:
+        raise UserError("There is no prompt; pass a question as a string.")
+    one_prompt = _is_one_prompt(prompt)
+    prompts = [prompt] if one_prompt else list(prompt)
+    if not prompts:
+        raise UserError("The list of prompts is empty; pass at least one.")
+
+    if isinstance(image, np.ndarray) and image.ndim == 4:
+        image = list(image)
+    if not isinstance(image, list | tuple):
+        row = [] if image is None else [image]
+        return prompts, [row] * len(prompts), one_prompt
+    images = list(image)
+    if not images:
+        raise UserError("The list of images is empty; pass None for a text-only prompt.")
+    nested = [list(item) if isinstance(item, list | tuple) else _row(item) for item in images]
+    if one_prompt:
+        if _count_placeholders(prompt) > 1 and not any(isinstance(x, list | tuple) for x in images):
+            return prompts, [images], True  # several images in one prompt
+        return prompts * len(images), nested, False
+    if len(images) != len(prompts):
+        raise UserError(
+            f"{len(prompts)} prompts came with {len(images)} images; give one image (or list "
+            "of images) for each prompt."
+        )
+    return prompts, nested, False
+
+
+def _row(image: Any) -> list[Any]:
+    return [] if image is None else [image]
+
+
+def _is_one_prompt(prompt: Any) -> bool:
+    if isinstance(prompt, str):
+        return True
+    if not isinstance(prompt, Sequence):
+        raise UserError(
+            f"prompt is a {type(prompt).__name__}; expected a string, a list of strings, or "
+            "messages."
+        )
+    return bool(prompt) and isinstance(prompt[0], Mapping)
+
+
+def _count_placeholders(prompt: Any) -> int:
+    if isinstance(prompt, str):
+        return prompt.count(IMAGE_PLACEHOLDER)
+    return sum(m["content"].count(IMAGE_PLACEHOLDER) for m in as_messages(prompt, 0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where every token of a batch goes; numpy arrays, padded to a bucket.
+
+    Attributes:
+        token_ids: int32 `[B, S]`.
+        visual_index: int32 `[B, S]`: the slot's row in the batch's `[I * K]` visual
+            tokens, -1 for text.
+        lengths: int32 `[B]`.
+    """
+
+    token_ids: np.ndarray
+    visual_index: np.ndarray
+    lengths: np.ndarray
+
+
+def row_lengths(rows: Sequence[Row], counts: np.ndarray) -> list[int]:
+    """Prompt tokens of each row with `counts[i]` visual tokens for image i."""
+    return [sum(map(len, row.pieces)) + sum(int(counts[i]) for i in row.images) for row in rows]
+
+
+def lay_out(
+    rows: Sequence[Row], counts: np.ndarray, capacity: int, *, batch: int, sequence: int
+) -> Layout:
+    """Text and visual tokens of every row in order, without gaps, padded on the right.
+
+    Args:
+        rows: the prompts.
+        counts: int `[I]`, visual tokens in use of each image.
+        capacity: slots that each image has in the visual tokens, K.
+        batch: rows to pad to; the padding rows are one token long.
+        sequence: slots to pad to.
+    """
+    token_ids = np.zeros((batch, sequence), np.int32)
+    visual_index = np.full((batch, sequence), -1, np.int32)
+    lengths = np.ones(batch, np.int32)
+    for b, row in enumerate(rows):
+        slot = 0
+        for i, piece in enumerate(row.pieces):
+            token_ids[b, slot : slot + len(piece)] = piece
+            slot += len(piece)
+            if i < len(row.images):
+                image, count = row.images[i], int(counts[row.images[i]])
+                visual_index[b, slot : slot + count] = image * capacity + np.arange(count)
+                slot += count
+        lengths[b] = slot
+    return Layout(token_ids, visual_index, lengths)
