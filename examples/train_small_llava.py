@@ -17,6 +17,7 @@ import functools
 import json
 import pathlib
 import queue
+import tempfile
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -36,7 +37,7 @@ from rich.progress import (
 )
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from jaxprune import scenes
+from jaxprune import checkpoints_convert, scenes
 from jaxprune.models import llava
 from jaxprune.models.clip import ClipVisionConfig, ClipVisionTower
 from jaxprune.models.llama import LlamaConfig, LlamaDecoder, Tokens
@@ -285,7 +286,7 @@ def loss_function(
     right = jnp.all((logits.argmax(-1) == labels) | ~targets, axis=-1)  # [B, kinds]
     metrics |= {"answer": answer_loss}
     metrics |= {name: right[:, k].mean() for k, name in enumerate(scenes.KINDS)}
-    return 0.3 * loss + answer_loss, metrics
+    return 0.5 * loss + answer_loss, metrics
 
 
 # ---- training
@@ -376,14 +377,75 @@ def train_stage(
     return state[0]
 
 
+# ---- the Hugging Face directory
+
+CHAT_TEMPLATE = """\
+{% for message in messages %}{{ message['role'].upper() + ': ' }}\
+{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\\n' }}{% endfor %}\
+{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] + ' ' }}{% endfor %}\
+{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"""
+
+
+def export_model(
+    params: dict, config: llava.LlavaConfig, tokenizer: Tokenizer, directory: pathlib.Path
+) -> None:
+    """Write weights, configs, tokenizer and processor as `transformers` reads them."""
+    side = GRID * PATCH
+    token_ids = {
+        f"{name}_token_id": SPECIAL_TOKENS.index(token)
+        for name, token in (("bos", "<s>"), ("eos", "</s>"), ("pad", "<pad>"))
+    }
+    files = {
+        "config.json": token_ids,
+        "generation_config.json": token_ids,
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": "<s>",
+            "eos_token": "</s>",
+            "pad_token": "<pad>",
+            "unk_token": "<unk>",
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": config.text_config.max_position_embeddings,
+        },
+        "preprocessor_config.json": {
+            "image_processor_type": "CLIPImageProcessor",
+            "do_convert_rgb": True,
+            "do_resize": True,
+            "size": {"shortest_edge": side},
+            "resample": 3,
+            "do_center_crop": True,
+            "crop_size": {"height": side, "width": side},
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": MEAN.astype(float).round(8).tolist(),
+            "image_std": STD.astype(float).round(8).tolist(),
+        },
+        "processor_config.json": {
+            "processor_class": "LlavaProcessor",
+            "image_token": "<image>",
+            "patch_size": PATCH,
+            "vision_feature_select_strategy": "default",
+            "num_additional_image_tokens": 1,
+        },
+    }
+    with tempfile.TemporaryDirectory() as name:
+        companions = pathlib.Path(name)
+        for file, fields in files.items():
+            (companions / file).write_text(json.dumps(fields, indent=2) + "\n")
+        (companions / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+        tokenizer.save(str(companions / "tokenizer.json"))
+        checkpoints_convert.export(params, config, directory, companions=companions)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/small_llava"))
     parser.add_argument("--export", type=pathlib.Path, help="write the Hugging Face directory here")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--vision-steps", type=int, default=700)
-    parser.add_argument("--vision-batch", type=int, default=48)
-    parser.add_argument("--steps", type=int, default=3200)
+    parser.add_argument("--vision-steps", type=int, default=2200)
+    parser.add_argument("--vision-batch", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     args = parser.parse_args()
@@ -398,6 +460,8 @@ def main() -> None:
     params = init_params(config, args.seed)
     params = train_stage("vision", params, config, tokenizer, args)
     params = train_stage("answers", params, config, tokenizer, args)
+    if args.export:
+        export_model(params["model"], config, tokenizer, args.export)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Images as users have them -> RGB images. Files are data: broken ones are refused."""
 
 import pathlib
+import warnings
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,11 @@ def _open(path: pathlib.Path) -> Image.Image:
         what = "is a directory" if path.is_dir() else "does not exist"
         raise UserError(f"The image {path} {what}; expected an image file.")
     try:
-        with Image.open(path) as image:
+        with warnings.catch_warnings():
+            # Pillow warns of what _check_size refuses.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(path)
+        with image:
             _check_size(image, str(path))
             image.load()
             return ImageOps.exif_transpose(image)

@@ -1,9 +1,11 @@
 """Host side of a request: images to pixels, prompts to token ids, token ids to text."""
 
+import contextlib
 import dataclasses
 import functools
+import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -92,7 +94,10 @@ def as_messages(prompt: Any, num_images: int) -> list[Message]:
     ]
     if not flat[-1]["content"].replace(IMAGE_PLACEHOLDER, "").strip():
         raise UserError("The prompt is empty; ask something about the image.")
-    if num_images and not any(IMAGE_PLACEHOLDER in m["content"] for m in flat):
+    found = sum(message["content"].count(IMAGE_PLACEHOLDER) for message in flat)
+    if found:
+        check_placeholders(found, num_images)
+    elif num_images:
         first = next(i for i, m in enumerate(flat) if m["role"] == "user")
         front = (IMAGE_PLACEHOLDER + "\n") * num_images
         flat[first] = {**flat[first], "content": front + flat[first]["content"]}
@@ -123,6 +128,7 @@ def render(processor: Processor, messages: Sequence[Message]) -> str:
         return _llava_format(processor, messages)
     as_parts = [{**m, "content": _as_parts(m["content"])} for m in messages]
     wanted = sum(m["content"].count(IMAGE_PLACEHOLDER) for m in messages)
+    question = as_parts[-1]["content"][-1]["text"].strip()
     # A processor's template takes parts, a text tokenizer's takes strings.
     problem: Exception | None = None
     for candidate in (as_parts, list(messages)):
@@ -136,10 +142,7 @@ def render(processor: Processor, messages: Sequence[Message]) -> str:
         except Exception as error:  # whatever a template raises, of its own or Jinja's
             problem = error
             continue
-        if (
-            text.count(IMAGE_PLACEHOLDER) == wanted
-            and messages[-1]["content"][-40:].strip() in text
-        ):
+        if text.count(IMAGE_PLACEHOLDER) == wanted and question in text:
             return text
     raise UserError(
         "The model's chat template cannot render this conversation "
@@ -148,12 +151,17 @@ def render(processor: Processor, messages: Sequence[Message]) -> str:
 
 
 def _as_parts(content: str) -> list[dict[str, str]]:
-    """Text with images in front as parts; images between words stay where they are."""
-    parts = []
-    while content.startswith(IMAGE_PLACEHOLDER):
-        parts.append({"type": "image"})
-        content = content.removeprefix(IMAGE_PLACEHOLDER).removeprefix("\n")
-    return [*parts, {"type": "text", "text": content}]
+    """Images in front as parts of their own; text with images between words as it is.
+
+    Templates put image parts first, so only those that are there anyway may be parts.
+    """
+    rest, images = content, 0
+    while rest.startswith(IMAGE_PLACEHOLDER):
+        rest = rest.removeprefix(IMAGE_PLACEHOLDER).removeprefix("\n")
+        images += 1
+    if IMAGE_PLACEHOLDER in rest:
+        rest, images = content, 0
+    return [{"type": "image"}] * images + [{"type": "text", "text": rest}]
 
 
 def _llava_format(processor: Processor, messages: Sequence[Message]) -> str:
@@ -178,12 +186,7 @@ def tokenize(processor: Processor, text: str, num_images: int) -> list[list[int]
     Raises:
         UserError: when the placeholders in `text` are not as many as the images.
     """
-    found = text.count(IMAGE_PLACEHOLDER)
-    if found != num_images:
-        raise UserError(
-            f"The prompt has {found} {IMAGE_PLACEHOLDER} placeholder(s) but comes with "
-            f"{num_images} image(s); give as many images as placeholders."
-        )
+    check_placeholders(text.count(IMAGE_PLACEHOLDER), num_images)
     tokenizer = processor.tokenizer
     bos = tokenizer.bos_token
     add_bos = not (bos and text.startswith(bos))
@@ -204,6 +207,15 @@ def tokenize(processor: Processor, text: str, num_images: int) -> list[list[int]
     return pieces
 
 
+def check_placeholders(found: int, num_images: int) -> None:
+    """Raise `UserError` unless a prompt has one placeholder for each of its images."""
+    if found != num_images:
+        raise UserError(
+            f"The prompt has {found} {IMAGE_PLACEHOLDER} placeholder(s) but comes with "
+            f"{num_images} image(s); give as many images as placeholders."
+        )
+
+
 def decode_text(processor: Processor, token_ids: Sequence[int]) -> str:
     """Token ids -> text, special tokens left out."""
     return processor.tokenizer.decode(token_ids, skip_special_tokens=True).strip()
@@ -220,8 +232,9 @@ def load_processor(directory: pathlib.Path, *, original: bool = False) -> Proces
     Raises:
         UserError: when a part is missing or damaged.
     """
-    from transformers import AutoImageProcessor, AutoTokenizer  # slow to import
-    from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+    with _no_advice():  # imported here because it takes seconds
+        from transformers import AutoImageProcessor, AutoTokenizer
+        from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(
@@ -256,6 +269,21 @@ def load_processor(directory: pathlib.Path, *, original: bool = False) -> Proces
         directory=directory,
         system=VICUNA_SYSTEM if original else None,
     )
+
+
+@contextlib.contextmanager
+def _no_advice() -> Iterator[None]:
+    """Without torch, transformers advises to install it; this library does not need it."""
+    name = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def _chat_template(directory: pathlib.Path, tokenizer: Any) -> str | None:

@@ -21,7 +21,7 @@ COLORS = {
     "white": (246, 246, 246),
 }
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "star")
-SIZES = {"small": 6.0, "medium": 9.0, "large": 13.0}  # radius in pixels of a 96-pixel scene
+SIZES = {"small": 7.5, "medium": 10.0, "large": 14.0}  # radius in pixels of a 96-pixel scene
 POSITIONS = (
     "top left", "top", "top right",
     "left", "center", "right",

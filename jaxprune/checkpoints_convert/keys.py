@@ -20,6 +20,7 @@ _REWRITES = [
     (r"^model\.", "language_model.model."),
     (r"^language_model\.(?!model\.|lm_head\.)", "language_model.model."),
     (r"^vision_model\.", "vision_tower.vision_model."),
+    (r"^(?=(embeddings|encoder|pre_layrnorm|post_layernorm)\.)", "vision_tower.vision_model."),
     # transformers from 5 on leaves a level out of CLIP.
     (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),
 ]

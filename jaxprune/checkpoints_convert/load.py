@@ -1,5 +1,6 @@
 """A checkpoint onto the devices, one tensor in host memory at a time."""
 
+import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -56,6 +57,9 @@ def load_checkpoint(
     plan = make_plan(directory, config, *extra)
     numpy_dtype = numpy_dtype_of(dtype)
 
+    # The largest first: a tensor is in memory two or three times while it is laid out, which
+    # then happens while most of the model is still on disk.
+    plan.sort(key=lambda tensor: -math.prod(tensor.stored.shape))
     flat = {}
     for tensor in track(plan, "Loading", len(plan), show=show_progress):
         array = np.ascontiguousarray(tensor.read().astype(numpy_dtype, copy=False))

@@ -177,7 +177,9 @@ def _write_weights(place: pathlib.Path, tensors: Iterable[tuple[str, np.ndarray]
         nonlocal pending, pending_bytes
         if pending:
             # The "pt" mark is what transformers asks for; it says nothing of torch itself.
-            save_file(pending, place / f"shard-{len(shards)}", metadata={"format": "pt"})
+            path = place / f"shard-{len(shards)}"
+            path.touch()  # with the user's own permissions; save_file would make it private
+            save_file(pending, path, metadata={"format": "pt"})
             shards.append(list(pending))
             pending, pending_bytes = {}, 0
 

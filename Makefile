@@ -1,0 +1,55 @@
+# `make demo` and `make test` set up what they need in .venv; nothing outside this folder changes.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all lint types wheel clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed; pass its path: make $(MAKECMDGOALS) PYTHON=..."; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || \
+		{ rm -rf $(VENV); echo "Python's venv module is needed (on Debian: python3-venv)."; exit 1; }
+
+$(VENV)/.base: pyproject.toml | $(BIN)/python
+	@echo "Installing jaxprune into $(VENV) ..."
+	@$(BIN)/python -m pip install -q -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.base
+	@echo "Installing the test tools and the PyTorch oracle into $(VENV) ..."
+	@$(BIN)/python -m pip install -q -e '.[test,oracle]'
+	@touch $@
+
+IMAGE := jaxprune/assets/demo.png
+QUESTION := Which is larger, the red star or the blue circle?
+
+demo: $(VENV)/.base  ## ask the small model about the shipped picture, with and without pruning
+	@for method in none prumerge prumerge_plus; do \
+		echo "$$ jaxprune generate --image $(IMAGE) --prompt '$(QUESTION)' --method $$method"; \
+		$(BIN)/jaxprune generate --image $(IMAGE) --prompt '$(QUESTION)' --method $$method || exit 1; \
+	done
+
+test: $(VENV)/.dev  ## the test suite, against PyTorch, without the longer checks
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(VENV)/.dev  ## the longer checks too
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev  ## ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev  ## mypy
+	$(BIN)/mypy
+
+wheel: $(VENV)/.dev  ## build the wheel and try it from another directory, without torch
+	$(BIN)/python -m pip install -q build
+	PYTHON="$(PYTHON)" sh tests/smoke_wheel.sh $(BIN)/python
+
+clean:  ## remove the environment and everything built
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

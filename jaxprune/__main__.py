@@ -1,0 +1,5 @@
+"""`python -m jaxprune`: the command line."""
+
+from jaxprune.cli import main
+
+main()

@@ -1,0 +1,88 @@
+"""Tiny random models for tests."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+import jaxprune
+from jaxprune import checkpoints_convert
+from jaxprune.models import llava
+from jaxprune.models.clip import ClipVisionConfig
+from jaxprune.models.llama import LlamaConfig
+
+
+def tiny_config(*, vision=None, text=None, **fields):
+    """A LLaVA of 16 visual tokens, for the shipped model's tokenizer (512 ids)."""
+    vision_config = ClipVisionConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=32,
+        patch_size=8,
+    )
+    text_config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=12,
+        max_position_embeddings=256,
+    )
+    return llava.LlavaConfig(
+        vision_config=dataclasses.replace(vision_config, **(vision or {})),
+        text_config=dataclasses.replace(text_config, **(text or {})),
+        image_token_index=4,
+        **fields,
+    )
+
+
+def random_params(config, seed=0):
+    """Random parameters with biases and norms off their usual zeros and ones."""
+    params = llava.init_params(config, jax.random.key(seed))
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+    moved = [
+        x + (0.05 * jax.random.normal(key, x.shape)).astype(x.dtype)
+        for x, key in zip(leaves, keys, strict=True)
+    ]
+    return jax.tree.unflatten(structure, moved)
+
+
+def write_directory(directory, config, seed=0):
+    """A Hugging Face directory with random weights and the shipped model's tokenizer."""
+    params = random_params(config, seed)
+    checkpoints_convert.export(params, config, directory, companions=jaxprune.SMALL_MODEL)
+    set_image_size(directory, config.vision_config.image_size)
+    return params
+
+
+def set_image_size(directory, size):
+    path = directory / "preprocessor_config.json"
+    text = path.read_text().replace("96", str(size))
+    path.write_text(text)
+
+
+def forward_logits(params, config, pixels, token_ids, images_at):
+    """Logits `[B, S, V]` of whole prompts with unpruned images laid in at `images_at`.
+
+    Args:
+        pixels: `[I, H, W, 3]`.
+        token_ids: `[B, S]`, placeholders included.
+        images_at: bool `[B, S]`, the slots of the images' tokens, in reading order.
+    """
+    vision = llava.encode_image(params, config, pixels)
+    visual_index = jnp.where(
+        images_at, jnp.cumsum(images_at.reshape(-1)).reshape(images_at.shape) - 1, -1
+    )
+    lengths = jnp.full(token_ids.shape[0], token_ids.shape[1])
+    tokens = llava.embed(params, config, token_ids, visual_index, lengths, vision.features)
+    hidden, _ = llava.prefill(params, config, tokens, new_slots=0)
+    rows = [
+        llava.last_logits(params, config, hidden, jnp.full(token_ids.shape[0], s + 1))
+        for s in range(token_ids.shape[1])
+    ]
+    return jnp.stack(rows, axis=1)

@@ -1,0 +1,195 @@
+"""What is wrong with a model directory is said in full, before anything is read."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import jaxprune
+from jaxprune import checkpoints_convert
+from jaxprune.checkpoints_convert import write
+from tests import builders
+
+
+@pytest.fixture
+def directory(tiny_directory, tmp_path):
+    return shutil.copytree(tiny_directory, tmp_path / "model")
+
+
+def change_weights(directory, change):
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors")
+
+
+def change_config(directory, **fields):
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def refused(directory, message):
+    with pytest.raises(jaxprune.UserError, match=message):
+        jaxprune.load(directory)
+
+
+NORM = "language_model.model.norm.weight"
+
+
+def test_missing_unknown_and_misshaped_tensors_are_told_at_once(directory):
+    def change(tensors):
+        del tensors[NORM]
+        tensors["language_model.model.extra.weight"] = np.zeros(3, np.float32)
+        tensors["multi_modal_projector.linear_1.bias"] = np.zeros(3, np.float32)
+
+    change_weights(directory, change)
+    refused(directory, rf"1 missing \({NORM}\); 1 unknown .*extra.*; 1 of another shape .*\[3\]")
+
+
+def test_a_tensor_under_two_names(directory):
+    change_weights(directory, lambda t: t.update({"model.language_model.norm.weight": t[NORM]}))
+    refused(directory, "1 present twice")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_not_finite(directory, value):
+    def change(tensors):
+        tensors[NORM] = tensors[NORM].copy()
+        tensors[NORM][3] = value
+
+    change_weights(directory, change)
+    refused(directory, f"{NORM} holds NaN or infinity")
+
+
+def test_files_that_end_early(directory):
+    path = directory / "model.safetensors"
+    whole = path.read_bytes()
+    for size in (0, 5, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        refused(directory, "is not a complete safetensors file")
+
+
+def test_integers_are_no_weights(directory):
+    change_weights(directory, lambda t: t.update({NORM: np.ones(48, np.int8)}))
+    refused(directory, "as I8; supported")
+
+
+def test_no_weights_no_config_no_directory(directory, tmp_path):
+    (directory / "model.safetensors").unlink()
+    refused(directory, "has no weights")
+    (directory / "config.json").write_text("{")
+    refused(directory, "is not readable JSON")
+    (directory / "config.json").write_text("[]")
+    refused(directory, "expected a JSON object")
+    (directory / "config.json").unlink()
+    refused(directory, "has no config.json")
+    refused(tmp_path / "nowhere", "does not exist")
+    (tmp_path / "file").touch()
+    refused(tmp_path / "file", "is a file")
+
+
+def test_another_architecture(directory):
+    change_config(directory, model_type="mixtral")
+    refused(directory, "of type 'mixtral'; supported: llava")
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"vision_feature_layer": -9}, "vision_feature_layer=-9"),
+        ({"vision_feature_select_strategy": "cls"}, "'cls'; supported: 'default', 'full'"),
+        ({"projector_hidden_act": "mish"}, "'mish'"),
+        ({"tile_size": 3}, "does not handle: tile_size"),
+        ({"text_config": {"model_type": "gemma"}}, "'gemma'; supported: 'llama'"),
+        ({"vision_config": {"model_type": "siglip_vision_model"}}, "'siglip_vision_model'"),
+    ],
+)
+def test_configs_are_read_strictly(directory, fields, message):
+    change_config(directory, **fields)
+    refused(directory, message)
+
+
+@pytest.mark.parametrize("kind", ["yarn", "longrope", "su"])
+def test_other_rope_scalings_are_refused_by_name(directory, kind):
+    text = json.loads((directory / "config.json").read_text())["text_config"]
+    change_config(directory, text_config=text | {"rope_scaling": {"type": kind, "factor": 2.0}})
+    refused(directory, f"RoPE scaling '{kind}'; supported: default, linear, dynamic, llama3")
+
+
+def test_shards(directory, monkeypatch):
+    expected = jaxprune.load(directory)
+    monkeypatch.setattr(write, "MAX_SHARD_BYTES", 40_000)
+    sharded = directory.parent / "sharded"
+    checkpoints_convert.convert(directory, sharded)
+    shards = sorted(sharded.glob("model-*.safetensors"))
+    assert len(shards) > 2
+    found = jaxprune.load(sharded)
+    jax.tree.map(np.testing.assert_array_equal, found.arrays, expected.arrays)
+
+    shards[1].unlink()
+    refused(sharded, f"lacks the shard {shards[1].name}")
+    index = sharded / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "../../elsewhere.safetensors"}}))
+    refused(sharded, "points outside its directory")
+    index.write_text("{}")
+    refused(sharded, "no 'weight_map'")
+
+
+def test_no_code_of_a_directory_is_run(directory, tmp_path):
+    mark = tmp_path / "mark"
+    (directory / "evil.py").write_text(f"open({str(mark)!r}, 'w')")
+    change_config(directory, auto_map={"AutoConfig": "evil.Config", "AutoModel": "evil.Model"})
+    for name in ("tokenizer_config.json", "preprocessor_config.json"):
+        path = directory / name
+        fields = json.loads(path.read_text())
+        fields["auto_map"] = {"AutoTokenizer": [None, "evil.T"], "AutoImageProcessor": "evil.P"}
+        path.write_text(json.dumps(fields))
+    try:
+        jaxprune.load(directory)
+    except jaxprune.UserError as error:
+        assert "has no usable" in str(error)
+    assert not mark.exists()
+
+
+def test_broken_tokenizer_and_processor(directory):
+    (directory / "preprocessor_config.json").write_text("{")
+    refused(directory, "has no usable image processor")
+    (directory / "tokenizer.json").write_text("{")
+    refused(directory, "has no usable tokenizer")
+
+
+def test_an_interrupted_export_leaves_nothing(tiny_model, tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(write, "_write_companions", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        jaxprune.export(tiny_model, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_existing_destination_is_not_touched(tiny_model, tmp_path):
+    (tmp_path / "keep").touch()
+    with pytest.raises(jaxprune.UserError, match="exists"):
+        jaxprune.export(tiny_model, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["keep"]
+
+
+def test_export_and_load_give_the_same_arrays(tiny_model, tmp_path):
+    jaxprune.export(tiny_model, tmp_path / "out")
+    found = jaxprune.load(tmp_path / "out")
+    assert found.config == tiny_model.config
+    jax.tree.map(np.testing.assert_array_equal, found.arrays, tiny_model.arrays)
+
+
+def test_dtype_is_checked(directory):
+    with pytest.raises(jaxprune.UserError, match="dtype is 'int4'"):
+        jaxprune.load(directory, dtype="int4")
+
+
+@pytest.mark.parametrize("text", [{}, {"tie_word_embeddings": True}, {"attention_bias": True}])
+def test_config_there_and_back(text):
+    config = builders.tiny_config(text=text, vision_feature_layer=(-2, -1))
+    assert type(config).from_hf(config.to_hf()) == config

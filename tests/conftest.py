@@ -1,0 +1,51 @@
+import jax
+import numpy as np
+import pytest
+
+import jaxprune
+from jaxprune import scenes
+from tests import builders
+
+
+@pytest.fixture(scope="session")
+def small_model():
+    return jaxprune.load()
+
+
+@pytest.fixture(scope="session")
+def held_out():
+    """Twenty drawn scenes with a question each: (image, question)."""
+    pairs = [scenes.sample("held-out", 0, index) for index in range(20)]
+    return [(scenes.draw(scene), question) for scene, question in pairs]
+
+
+@pytest.fixture(scope="session")
+def tiny_directory(tmp_path_factory):
+    """A random tiny LLaVA as a Hugging Face directory, made without torch."""
+    directory = tmp_path_factory.mktemp("tiny") / "model"
+    builders.write_directory(directory, builders.tiny_config())
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_directory):
+    return jaxprune.load(tiny_directory)
+
+
+@pytest.fixture
+def compilations():
+    """A list that grows by one with every XLA compilation while the test runs."""
+    found = []
+
+    def listen(event, duration, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            found.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield found
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)

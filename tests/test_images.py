@@ -1,0 +1,96 @@
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import jaxprune
+from jaxprune.images import load_image
+
+
+@pytest.fixture
+def rgb(rng):
+    return Image.fromarray(rng.integers(0, 256, size=(20, 30, 3), dtype=np.uint8))
+
+
+def saved(tmp_path, image, name, **options):
+    image.save(tmp_path / name, **options)
+    return load_image(tmp_path / name)
+
+
+def test_modes_are_converted(tmp_path, rgb):
+    names = {"L": "g.png", "P": "p.gif", "CMYK": "c.tif", "RGBA": "a.png", "1": "b.png"}
+    for mode, name in names.items():
+        image = saved(tmp_path, rgb.convert(mode), name)
+        assert image.mode == "RGB"
+        assert image.size == (30, 20)
+
+
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
+    levels = np.linspace(0, 65535, 600).astype(np.uint16).reshape(20, 30)
+    found = np.asarray(saved(tmp_path, Image.fromarray(levels), "deep.png"))
+    np.testing.assert_allclose(found[..., 0], np.rint(levels / 257), atol=1)
+
+
+def test_animation_gives_its_first_frame(tmp_path, rgb):
+    other = Image.new("RGB", rgb.size, "red")
+    rgb.save(tmp_path / "a.gif", save_all=True, append_images=[other, other])
+    first = np.asarray(load_image(tmp_path / "a.gif"), int)
+    assert np.abs(first - np.asarray(rgb, int)).mean() < 20
+
+
+def test_orientation_of_a_file_is_applied(tmp_path, rgb):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert saved(tmp_path, rgb, "turned.jpg", exif=exif).size == (20, 30)
+
+
+def test_arrays(rng):
+    array = rng.integers(0, 256, size=(5, 6, 3), dtype=np.uint8)
+    assert (np.asarray(load_image(array)) == array).all()
+    assert load_image(array[..., 0]).size == (6, 5)
+    assert load_image(array[..., :1]).size == (6, 5)
+    assert load_image(np.dstack([array, array[..., :1]])).mode == "RGB"
+
+
+@pytest.mark.parametrize("size", [(1, 1), (10_000, 40), (40, 10_000), (90_000, 1)])
+def test_odd_sizes_are_answered(size, small_model):
+    image = Image.new("RGB", size, "red")
+    assert jaxprune.generate(small_model, image, "What color is the circle?")
+
+
+def test_a_long_strip_is_cropped_to_its_middle():
+    strip = Image.new("RGB", (90_000, 1))
+    assert load_image(strip).size == (300, 1)
+
+
+def png_header(width, height):
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+
+    def chunk(name, content):
+        crc = struct.pack(">I", zlib.crc32(name + content))
+        return struct.pack(">I", len(content)) + name + content + crc
+
+    data = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"0"))
+    return b"\x89PNG\r\n\x1a\n" + data
+
+
+def test_broken_files_are_named(tmp_path, rgb):
+    rgb.save(tmp_path / "whole.png")
+    whole = (tmp_path / "whole.png").read_bytes()
+    cases = {
+        "zero.png": (b"", r"\(0 bytes\) is not an image"),
+        "text.png": (b"hello", "is not an image"),
+        "cut.png": (whole[: len(whole) // 2], "is damaged"),
+        "huge.png": (png_header(60_000, 60_000), "pixels"),
+        "large.png": (png_header(12_000, 9_000), "12000 x 9000"),
+    }
+    for name, (content, message) in cases.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(jaxprune.UserError, match=message):
+            load_image(tmp_path / name)
+    with pytest.raises(jaxprune.UserError, match="does not exist"):
+        load_image(tmp_path / "none.png")
+    with pytest.raises(jaxprune.UserError, match="is a directory"):
+        load_image(tmp_path)
