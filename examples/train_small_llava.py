@@ -2,17 +2,22 @@
 
     python examples/train_small_llava.py --out runs/small_llava --export jaxprune/assets/small_llava
 
-Two stages, like LLaVA's own: first the vision tower alone as CLIP is trained (a
-contrastive image-text loss on the CLS token, plus a loss on what each patch shows), then
-everything on answers, the vision losses kept on. One row of the second stage asks six
-questions about one image: the questions share the image's tokens and do not see each
-other, so an image is encoded and read once for six answers.
+Three stages:
+    vision   the tower alone, as CLIP is trained: a contrastive image-text loss on the CLS
+             token, plus a loss on what each patch shows;
+    look-up  projector and decoder on answers, the tower at rest, with a few of the patches
+             of each image: finding the right one among 24 is learned much sooner than
+             among 144, which by itself stays on a plateau for thousands of steps;
+    answers  everything, all patches, the vision losses kept on.
+One row of the later stages asks several questions about one image: the questions share the
+image's tokens and do not see each other, so an image is encoded and read once for all.
 
 A run that was interrupted goes on from its last checkpoint: the data of a step depends
 on the seed and the step alone.
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import pathlib
@@ -27,6 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -49,6 +55,7 @@ SPECIAL_TOKENS = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
 VOCABULARY = 512
 SEGMENT = 20  # tokens of one question with its answer, padded
 GRID, PATCH = 12, 8
+LISTING, LISTINGS = "What is there?", 2  # asked beside the six kinds of question, twice
 
 
 def build_tokenizer() -> Tokenizer:
@@ -127,21 +134,27 @@ def object_labels(item: scenes.Object) -> tuple[int, int, int, int]:
     )
 
 
+def list_objects(scene: scenes.Scene, rng: np.random.Generator) -> str:
+    """Two of the objects with their places: a look-up at every word, not one a question."""
+    chosen = rng.permutation(len(scene.objects))[:2]
+    return ", ".join(f"{scene.objects[i].name} {scene.objects[i].position}" for i in chosen)
+
+
 def make_batch(tokenizer: Tokenizer, seed: int, step: int, size: int) -> dict[str, np.ndarray]:
     """The batch of one step.
 
     Returns:
         pixels uint8 `[B, 96, 96, 3]`; patches int32 `[B, N, 3]`; captions int32
-        `[B, objects, 4]`; token_ids int32 `[B, kinds, SEGMENT]`; targets bool, as
+        `[B, objects, 4]`; token_ids int32 `[B, segments, SEGMENT]`; targets bool, as
         token_ids: the answer tokens and the end of sequence.
     """
-    kinds = len(scenes.KINDS)
+    segments = len(scenes.KINDS) + LISTINGS
     batch = {
         "pixels": np.zeros((size, GRID * PATCH, GRID * PATCH, 3), np.uint8),
         "patches": np.zeros((size, GRID * GRID, 3), np.int32),
         "captions": np.zeros((size, scenes.MAX_OBJECTS, 4), np.int32),
-        "token_ids": np.full((size, kinds, SEGMENT), SPECIAL_TOKENS.index("<pad>"), np.int32),
-        "targets": np.zeros((size, kinds, SEGMENT), bool),
+        "token_ids": np.full((size, segments, SEGMENT), SPECIAL_TOKENS.index("<pad>"), np.int32),
+        "targets": np.zeros((size, segments, SEGMENT), bool),
     }
     for row in range(size):
         rng = scenes.random_generator("train", seed, step * size + row)
@@ -150,15 +163,17 @@ def make_batch(tokenizer: Tokenizer, seed: int, step: int, size: int) -> dict[st
         batch["patches"][row] = patch_labels(scene)
         for i, item in enumerate(scene.objects):
             batch["captions"][row, i] = object_labels(item)
-        for k, kind in enumerate(scenes.KINDS):
-            question = scenes.ask(scene, kind, rng) or scenes.ask(scene, "count", rng)
-            assert question is not None  # every scene can be counted
-            asked = tokenizer.encode(segment_text(question.question), add_special_tokens=False).ids
-            answer = tokenizer.encode(f" {question.answer}", add_special_tokens=False).ids
-            answer = [*answer, SPECIAL_TOKENS.index("</s>")]
-            ids = [*asked, *answer]
+        asked = [
+            scenes.ask(scene, kind, rng) or scenes.ask(scene, "count", rng) for kind in scenes.KINDS
+        ]
+        pairs = [(question.question, question.answer) for question in asked if question]
+        pairs += [(LISTING, list_objects(scene, rng)) for _ in range(LISTINGS)]
+        for k, (question, answer) in enumerate(pairs):
+            prompt = tokenizer.encode(segment_text(question), add_special_tokens=False).ids
+            reply = tokenizer.encode(f" {answer}", add_special_tokens=False).ids
+            ids = [*prompt, *reply, SPECIAL_TOKENS.index("</s>")]
             batch["token_ids"][row, k, : len(ids)] = ids
-            batch["targets"][row, k, len(asked) : len(ids)] = True
+            batch["targets"][row, k, len(prompt) : len(ids)] = True
     return batch
 
 
@@ -245,58 +260,140 @@ def vision_losses(
     return features, patch_loss + clip_loss, metrics
 
 
-def answer_logits(
-    params: dict, config: llava.LlavaConfig, features: jax.Array, batch: dict, before: jax.Array
+def word_loss(
+    params: dict, visual: jax.Array, patches: jax.Array, words: dict[str, np.ndarray]
 ) -> jax.Array:
-    """Next-token logits `[B, kinds, SEGMENT, vocabulary]` of all questions of each image."""
-    B, kinds, length = batch["token_ids"].shape
+    """Visual tokens shall point where the words for their colour and shape point.
+
+    Without it the decoder has to find out by the answers alone that a patch and a word can
+    mean the same; with it, looking up "the red one" is a matter of similarity.
+
+    Args:
+        visual: `[B, N, D]`, projected.
+        patches: int32 `[B, N, 3]`, 0 for the ground.
+        words: token ids of the colours and of the shapes.
+    """
+    embedding = params["model"]["language_model"]["embed_tokens"]["embedding"]
+
+    def normed(x: jax.Array) -> jax.Array:
+        return x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-6)
+
+    total = jnp.zeros(())
+    shown = patches[..., 0] > 0
+    for i, name in enumerate(("color", "shape")):
+        logits = normed(visual) @ normed(embedding[words[name]]).T / visual.shape[-1] ** 0.5
+        labels = jnp.maximum(patches[..., i] - 1, 0)
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        total += jnp.sum(loss * shown) / jnp.maximum(jnp.sum(shown), 1)
+    return total
+
+
+def answer_logits(
+    params: dict, config: llava.LlavaConfig, visual: jax.Array, batch: dict, before: jax.Array
+) -> jax.Array:
+    """Next-token logits `[B, segments, SEGMENT, vocabulary]` of all questions of each image."""
+    B, segments, length = batch["token_ids"].shape
     decoder = LlamaDecoder(config.text_config)
     variables = {"params": params["model"]["language_model"]}
     ids = jnp.concatenate(
         [jnp.broadcast_to(before, (B, before.size)), batch["token_ids"].reshape(B, -1)], axis=1
     )
     text = decoder.apply(variables, ids, method="embed")
-    visual = llava.project(params["model"], config, features)
     x = jnp.concatenate([text[:, : before.size], visual, text[:, before.size :]], axis=1)
 
     # Slots: prefix (text and image), then one segment a question, all starting at the
     # same position; a segment sees the prefix and itself.
     prefix = before.size + visual.shape[1]
-    segment = np.concatenate([np.zeros(prefix, int), np.repeat(np.arange(kinds) + 1, length)])
-    position = np.concatenate([np.arange(prefix), np.tile(prefix + np.arange(length), kinds)])
+    segment = np.concatenate([np.zeros(prefix, int), np.repeat(np.arange(segments) + 1, length)])
+    position = np.concatenate([np.arange(prefix), np.tile(prefix + np.arange(length), segments)])
     same = (segment[None] == segment[:, None]) | (segment[None] == 0)
     mask = jnp.asarray(np.tril(same))[None]
     positions = jnp.broadcast_to(jnp.asarray(position, jnp.int32), x.shape[:2])
     tokens = Tokens(x=x, positions=positions, valid=jnp.ones(x.shape[:2], bool))
     hidden, _ = decoder.apply(variables, tokens, new_slots=0, mask=mask, method="prefill")
-    hidden = hidden[:, prefix:].reshape(B, kinds, length, -1)
+    hidden = hidden[:, prefix:].reshape(B, segments, length, -1)
     return decoder.apply(variables, hidden, method="logits")
 
 
 def loss_function(
-    params: dict, batch: dict, *, config: llava.LlavaConfig, before: jax.Array, answers: bool
+    params: dict,
+    batch: dict,
+    *,
+    config: llava.LlavaConfig,
+    before: jax.Array,
+    words: dict[str, np.ndarray],
+    stage: "Stage",
 ) -> tuple[jax.Array, dict]:
     features, loss, metrics = vision_losses(params, config, batch)
-    if not answers:
+    if not stage.answers:
         return loss, metrics
-    logits = answer_logits(params, config, features, batch, before)[:, :, :-1]
+    if stage.patches is not None:
+        features, loss = jax.lax.stop_gradient((features, loss))
+    visual = llava.project(params["model"], config, features)
+    alignment = word_loss(params, visual, batch["patches"], words)
+    if stage.patches is not None:
+        visual = some_patches(visual, batch, stage.patches)
+    logits = answer_logits(params, config, visual, batch, before)[:, :, :-1]
     labels, targets = batch["token_ids"][:, :, 1:], batch["targets"][:, :, 1:]
     xent = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     answer_loss = jnp.sum(xent * targets) / jnp.sum(targets)
-    right = jnp.all((logits.argmax(-1) == labels) | ~targets, axis=-1)  # [B, kinds]
-    metrics |= {"answer": answer_loss}
+    right = jnp.all((logits.argmax(-1) == labels) | ~targets, axis=-1)  # [B, segments]
+    metrics |= {"answer": answer_loss, "words": alignment}
     metrics |= {name: right[:, k].mean() for k, name in enumerate(scenes.KINDS)}
-    return 0.5 * loss + answer_loss, metrics
+    return 0.5 * (loss + alignment) + answer_loss, metrics
+
+
+def some_patches(visual: jax.Array, batch: dict, number: int) -> jax.Array:
+    """A random few of the visual tokens `[B, N, D]`, objects preferred, in their order."""
+    noise = jax.random.uniform(jax.random.key(batch["token_ids"].sum()), visual.shape[:2])
+    shown = batch["patches"][..., 0] > 0
+    chosen = jnp.sort(jax.lax.top_k(noise + 0.6 * shown, number)[1], axis=-1)
+    return jnp.take_along_axis(visual, chosen[..., None], axis=1)
 
 
 # ---- training
 
 
-def optimizer(steps: int, peak: float) -> optax.GradientTransformation:
-    schedule = optax.warmup_cosine_decay_schedule(0.0, peak, min(200, steps // 10), steps)
-    return optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.02)
-    )
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A part of the training.
+
+    Attributes:
+        steps: how many.
+        batch: images a step.
+        answers: train on answers too, not on the vision losses alone.
+        patches: show the decoder so many patches of an image and leave the tower at rest;
+            None shows all and trains all.
+        tower_share: the tower's share of the learning rate. A tower that has learned to
+            see is moved gently: at the full rate it forgets first.
+    """
+
+    name: str
+    steps: int
+    batch: int
+    answers: bool = True
+    patches: int | None = None
+    tower_share: float = 1.0
+
+
+def optimizer(stage: Stage) -> optax.GradientTransformation:
+    """AdamW for the tower alone; Muon, which leaves plateaus sooner, for the rest."""
+
+    def rate(peak: float) -> optax.Schedule:
+        warmup = min(100, stage.steps // 10)
+        return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, stage.steps)
+
+    def is_tower(params: dict) -> dict:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: any(getattr(e, "key", None) == "vision_tower" for e in path), params
+        )
+
+    if stage.answers:
+        inner = optax.contrib.muon(rate(2e-2), adam_b2=0.98, adam_learning_rate=rate(2e-3))
+    else:
+        inner = optax.adamw(rate(1.5e-3), b2=0.98, weight_decay=0.02)
+    share = optax.masked(optax.scale(stage.tower_share), is_tower)
+    return optax.chain(optax.clip_by_global_norm(1.0), inner, share)
 
 
 def init_params(config: llava.LlavaConfig, seed: int) -> dict:
@@ -328,14 +425,21 @@ def restore(path: pathlib.Path, state: Any) -> tuple[int, Any]:
 
 
 def train_stage(
-    name: str, params: dict, config: llava.LlavaConfig, tokenizer: Tokenizer, args: Any
+    stage: Stage,
+    params: dict,
+    config: llava.LlavaConfig,
+    tokenizer: Tokenizer,
+    out: pathlib.Path,
+    seed: int,
 ) -> dict:
     """One stage, from its checkpoint if there is one."""
-    answers = name == "answers"
-    steps, size = (args.steps, args.batch) if answers else (args.vision_steps, args.vision_batch)
-    transform = optimizer(steps, args.learning_rate)
+    transform = optimizer(stage)
     before = jnp.asarray(tokenizer.encode(PROMPT_BEFORE_IMAGE).ids, jnp.int32)
-    loss = functools.partial(loss_function, config=config, before=before, answers=answers)
+    words = {
+        name: np.array([tokenizer.encode(f" {w}", add_special_tokens=False).ids[0] for w in values])
+        for name, values in (("color", scenes.COLORS), ("shape", scenes.SHAPES))
+    }
+    loss = functools.partial(loss_function, config=config, before=before, words=words, stage=stage)
 
     @functools.partial(jax.jit, donate_argnums=(0,))
     def update(state: tuple, batch: dict) -> tuple[tuple, dict]:
@@ -344,10 +448,11 @@ def train_stage(
         updates, opt_state = transform.update(grads, opt_state, params)
         return (optax.apply_updates(params, updates), opt_state), metrics
 
-    path = args.out / f"{name}.npz"
+    path = out / f"{stage.name}.npz"
     first, state = restore(path, (params, transform.init(params)))
-    seed = args.seed + 2 * answers
-    batches = prefetch(lambda step: make_batch(tokenizer, seed, step, size), range(first, steps))
+    batches = prefetch(
+        lambda step: make_batch(tokenizer, seed, step, stage.batch), range(first, stage.steps)
+    )
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -357,22 +462,22 @@ def train_stage(
         TextColumn("{task.fields[note]}"),
     )
     sums: dict[str, float] = {}
-    with Progress(*columns) as progress, (args.out / "log.jsonl").open("a") as log:
-        task = progress.add_task(name, total=steps, completed=first, note="")
+    with Progress(*columns) as progress, (out / "log.jsonl").open("a") as log:
+        task = progress.add_task(stage.name, total=stage.steps, completed=first, note="")
         for step, batch in enumerate(batches, start=first + 1):
             state, metrics = update(state, batch)
             for key, value in metrics.items():
                 sums[key] = sums.get(key, 0.0) + float(value)
             progress.update(task, completed=step)
-            if step % 50 == 0 or step == steps:
+            if step % 50 == 0 or step == stage.steps:
                 count = 50 if step % 50 == 0 else step % 50
                 means = {key: round(value / count, 4) for key, value in sums.items()}
-                log.write(json.dumps({"stage": name, "step": step, **means}) + "\n")
+                log.write(json.dumps({"stage": stage.name, "step": step, **means}) + "\n")
                 log.flush()
                 note = " ".join(f"{key} {value:.2f}" for key, value in means.items())
                 progress.update(task, note=note)
                 sums = {}
-            if step % 250 == 0 or step == steps:
+            if step % 250 == 0 or step == stage.steps:
                 save(path, step, state)
     return state[0]
 
@@ -444,10 +549,10 @@ def main() -> None:
     parser.add_argument("--export", type=pathlib.Path, help="write the Hugging Face directory here")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vision-steps", type=int, default=2200)
+    parser.add_argument("--look-up-steps", type=int, default=1100)
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--vision-batch", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     args = parser.parse_args()
 
     args.out.mkdir(parents=True, exist_ok=True)
@@ -458,8 +563,13 @@ def main() -> None:
 
     config = small_config()
     params = init_params(config, args.seed)
-    params = train_stage("vision", params, config, tokenizer, args)
-    params = train_stage("answers", params, config, tokenizer, args)
+    stages = (
+        Stage(name="vision", steps=args.vision_steps, batch=args.vision_batch, answers=False),
+        Stage(name="look-up", steps=args.look_up_steps, batch=args.batch, patches=24),
+        Stage(name="answers", steps=args.steps, batch=args.batch, tower_share=0.2),
+    )
+    for i, stage in enumerate(stages):
+        params = train_stage(stage, params, config, tokenizer, args.out, args.seed + i)
     if args.export:
         export_model(params["model"], config, tokenizer, args.export)
 

@@ -3,7 +3,8 @@
     request.py     image + prompt -> rows of token ids, RGB images              (host)
     encode         pixels -> features and signals                               (jit)
     count, select  -> visual tokens that are left                               (jit)
-    prefill        embed, merge, all layers -> first token, caches              (jit)
+    embed          project, merge into the text embeddings                      (jit)
+    prefill        all layers -> first token, caches                            (jit)
     decode         a loop of single steps, caches donated                       (jit)
 
 Every array that enters a jitted stage has the size of a bucket (`shapes.py`). One number
@@ -117,13 +118,27 @@ def _without_cls(vision: VisionOutput, config: Any) -> tuple[jax.Array, VisionOu
     return vision.features[:, :first], vision.replace(features=vision.features[:, first:])
 
 
-@functools.partial(jax.jit, static_argnames=("config", "new_slots", "greedy"))
-def _prefill(
+@functools.partial(jax.jit, static_argnames=("config",))
+def _embed(
     params: dict,
     token_ids: jax.Array,
     visual_index: jax.Array,
     lengths: jax.Array,
     visual_tokens: jax.Array | None,
+    *,
+    config: Any,
+) -> Any:
+    # A stage of its own: the number of images and of visual tokens ends here, so that the
+    # decoder, which takes long to compile, is compiled for batch and sequence alone.
+    model = family(config)
+    return model.embed(params, config, token_ids, visual_index, lengths, visual_tokens)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "new_slots", "greedy"))
+def _prefill(
+    params: dict,
+    tokens: Any,
+    lengths: jax.Array,
     sampling: Sampling,
     eos: jax.Array,
     *,
@@ -133,10 +148,9 @@ def _prefill(
 ) -> tuple[DecodeState, jax.Array]:
     """The prompt through the decoder: the state after the first token, and its logits."""
     model = family(config)
-    tokens = model.embed(params, config, token_ids, visual_index, lengths, visual_tokens)
     hidden, caches = model.prefill(params, config, tokens, new_slots=new_slots)
     logits = model.last_logits(params, config, hidden, lengths)
-    batch = token_ids.shape[0]
+    batch = lengths.shape[0]
     state = DecodeState(
         token=jnp.zeros(batch, jnp.int32),
         positions=lengths - 1,
@@ -401,13 +415,19 @@ class _Run:
             sequence=self.buckets.fit("sequence", longest),
         )
         with self._timed("prefill"):
+            tokens = _embed(
+                self.params,
+                layout.token_ids,
+                layout.visual_index,
+                layout.lengths,
+                None if selection is None else selection.tokens,
+                config=self.config,
+            )
             self.state, self.first_logits = jax.block_until_ready(
                 _prefill(
                     self.params,
-                    layout.token_ids,
-                    layout.visual_index,
+                    tokens,
                     layout.lengths,
-                    None if selection is None else selection.tokens,
                     self.sampling,
                     self.eos,
                     config=self.config,
