@@ -289,7 +289,12 @@ def word_loss(
 
 
 def answer_logits(
-    params: dict, config: llava.LlavaConfig, visual: jax.Array, batch: dict, before: jax.Array
+    params: dict,
+    config: llava.LlavaConfig,
+    visual: jax.Array,
+    places: jax.Array,
+    batch: dict,
+    before: jax.Array,
 ) -> jax.Array:
     """Next-token logits `[B, segments, SEGMENT, vocabulary]` of all questions of each image."""
     B, segments, length = batch["token_ids"].shape
@@ -305,10 +310,15 @@ def answer_logits(
     # same position; a segment sees the prefix and itself.
     prefix = before.size + visual.shape[1]
     segment = np.concatenate([np.zeros(prefix, int), np.repeat(np.arange(segments) + 1, length)])
-    position = np.concatenate([np.arange(prefix), np.tile(prefix + np.arange(length), segments)])
     same = (segment[None] == segment[:, None]) | (segment[None] == 0)
     mask = jnp.asarray(np.tril(same))[None]
-    positions = jnp.broadcast_to(jnp.asarray(position, jnp.int32), x.shape[:2])
+    start = before.size + GRID * GRID
+    positions = [
+        jnp.broadcast_to(jnp.arange(before.size), (B, before.size)),
+        before.size + places,
+        jnp.broadcast_to(start + jnp.tile(jnp.arange(length), segments), (B, segments * length)),
+    ]
+    positions = jnp.concatenate(positions, axis=1).astype(jnp.int32)
     tokens = Tokens(x=x, positions=positions, valid=jnp.ones(x.shape[:2], bool))
     hidden, _ = decoder.apply(variables, tokens, new_slots=0, mask=mask, method="prefill")
     hidden = hidden[:, prefix:].reshape(B, segments, length, -1)
@@ -331,9 +341,11 @@ def loss_function(
         features, loss = jax.lax.stop_gradient((features, loss))
     visual = llava.project(params["model"], config, features)
     alignment = word_loss(params, visual, batch["patches"], words)
+    places = jnp.broadcast_to(jnp.arange(visual.shape[1]), visual.shape[:2])
     if stage.patches is not None:
-        visual = some_patches(visual, batch, stage.patches)
-    logits = answer_logits(params, config, visual, batch, before)[:, :, :-1]
+        places = some_patches(batch, stage.patches)
+        visual = jnp.take_along_axis(visual, places[..., None], axis=1)
+    logits = answer_logits(params, config, visual, places, batch, before)[:, :, :-1]
     labels, targets = batch["token_ids"][:, :, 1:], batch["targets"][:, :, 1:]
     xent = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     answer_loss = jnp.sum(xent * targets) / jnp.sum(targets)
@@ -343,12 +355,11 @@ def loss_function(
     return 0.5 * (loss + alignment) + answer_loss, metrics
 
 
-def some_patches(visual: jax.Array, batch: dict, number: int) -> jax.Array:
-    """A random few of the visual tokens `[B, N, D]`, objects preferred, in their order."""
-    noise = jax.random.uniform(jax.random.key(batch["token_ids"].sum()), visual.shape[:2])
+def some_patches(batch: dict, number: int) -> jax.Array:
+    """The places of a random few patches, objects preferred, ascending: int32 `[B, number]`."""
     shown = batch["patches"][..., 0] > 0
-    chosen = jnp.sort(jax.lax.top_k(noise + 0.6 * shown, number)[1], axis=-1)
-    return jnp.take_along_axis(visual, chosen[..., None], axis=1)
+    noise = jax.random.uniform(jax.random.key(batch["token_ids"].sum()), shown.shape)
+    return jnp.sort(jax.lax.top_k(noise + 0.6 * shown, number)[1], axis=-1)
 
 
 # ---- training
@@ -549,8 +560,8 @@ def main() -> None:
     parser.add_argument("--export", type=pathlib.Path, help="write the Hugging Face directory here")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vision-steps", type=int, default=2200)
-    parser.add_argument("--look-up-steps", type=int, default=1100)
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--look-up-steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=550)
     parser.add_argument("--vision-batch", type=int, default=32)
     parser.add_argument("--batch", type=int, default=16)
     args = parser.parse_args()
