@@ -24,7 +24,7 @@ import numpy as np
 
 from jaxprune.errors import UserError
 from jaxprune.loading import Params
-from jaxprune.methods import VisionMethod, resolve
+from jaxprune.methods import RandomPlaces, VisionMethod, resolve
 from jaxprune.models.registry import family
 from jaxprune.ops.visual import Selection, VisionOutput
 from jaxprune.processing import Processor, decode_text, pixel_values
@@ -139,6 +139,7 @@ def _prefill(
     params: dict,
     tokens: Any,
     lengths: jax.Array,
+    rows: jax.Array,
     sampling: Sampling,
     eos: jax.Array,
     *,
@@ -146,7 +147,10 @@ def _prefill(
     new_slots: int,
     greedy: bool,
 ) -> tuple[DecodeState, jax.Array]:
-    """The prompt through the decoder: the state after the first token, and its logits."""
+    """The prompt through the decoder: the state after the first token, and its logits.
+
+    Rows from `rows` on only pad the batch and are done from the start.
+    """
     model = family(config)
     hidden, caches = model.prefill(params, config, tokens, new_slots=new_slots)
     logits = model.last_logits(params, config, hidden, lengths)
@@ -158,7 +162,7 @@ def _prefill(
         step=jnp.zeros((), jnp.int32),
         tokens=jnp.zeros((batch, new_slots), jnp.int32),
         lengths=jnp.zeros(batch, jnp.int32),
-        done=jnp.zeros(batch, bool),
+        done=jnp.arange(batch) >= rows,
     )
     return _append(state, logits, sampling, eos, greedy=greedy), logits
 
@@ -246,7 +250,7 @@ def generate(
         top_k: draw from the k likeliest only.
         top_p: draw from the likeliest that together reach this probability.
         seed: of the draws; one for all rows, or one a row. Rows of equal seed and prompt
-            draw the same.
+            draw the same. The method "random" takes it too.
         stop: strings that end an answer; they are not part of it.
         chat: wrap prompts in the model's chat template; False takes them as they stand.
         return_details: `Answer` objects instead of strings.
@@ -264,7 +268,7 @@ def generate(
         params,
         image,
         prompt,
-        method=resolve(method, **method_options),
+        method=_resolve(method, seed, method_options),
         max_new_tokens=max_new_tokens,
         sampling_options={"temperature": temperature, "top_k": top_k, "top_p": top_p},
         seed=seed,
@@ -321,7 +325,7 @@ def stream(
         params,
         image,
         prompt,
-        method=resolve(method, **method_options),
+        method=_resolve(method, seed, method_options),
         max_new_tokens=max_new_tokens,
         sampling_options={"temperature": temperature, "top_k": top_k, "top_p": top_p},
         seed=seed,
@@ -374,9 +378,11 @@ class _Run:
             raise UserError(f"max_new_tokens is {max_new_tokens!r}; expected a whole number.")
         if max_new_tokens < 1:
             raise UserError(f"max_new_tokens is {max_new_tokens}; expected 1 or more.")
-        self.stop = [stop] if isinstance(stop, str) else list(stop)
+        self.stop = [stop] if isinstance(stop, str) else list(_checked_stop(stop))
         if not all(isinstance(text, str) and text for text in self.stop):
             raise UserError(f"stop is {stop!r}; expected strings that are not empty.")
+        if not isinstance(buckets, Buckets):
+            raise UserError(f"buckets is a {type(buckets).__name__}; expected jaxprune.Buckets.")
         self.method, self.buckets = method, buckets
         self.max_new_tokens = max_new_tokens
         self.seconds: dict[str, float] = {}
@@ -387,7 +393,7 @@ class _Run:
             self.request: Request = make_request(self.processor, image, prompt, chat=chat)
             rows = len(self.request.rows)
             self.batch = buckets.fit("batch", rows)
-            seeds = [seed] * rows if isinstance(seed, int) else list(seed)
+            seeds = _seeds(seed, rows)
             if len(seeds) != rows:
                 raise UserError(f"{len(seeds)} seeds came for {rows} prompts; give one for each.")
             self.sampling = make_sampling(
@@ -428,6 +434,7 @@ class _Run:
                     self.params,
                     tokens,
                     layout.lengths,
+                    np.int32(len(self.request.rows)),
                     self.sampling,
                     self.eos,
                     config=self.config,
@@ -467,11 +474,10 @@ class _Run:
     def safe_part(self, text: str) -> str:
         """What of an unfinished text can be shown: no half character, no half stop string."""
         text = text.rstrip("\ufffd")
-        for string in self.stop:
-            for size in range(len(string) - 1, 0, -1):
-                if text.endswith(string[:size]):
-                    return text[:-size]
-        return text
+        sizes = [
+            n for string in self.stop for n in range(1, len(string)) if text.endswith(string[:n])
+        ]
+        return text[: len(text) - max(sizes, default=0)]
 
     def _visual_tokens(self) -> Selection:
         """Encode all images of the batch and prune them."""
@@ -498,7 +504,8 @@ class _Run:
             capacity = method.fixed_count(patches)
             if capacity is None:
                 # The one number an image that the host has to know.
-                most = int(np.max(_count(vision, config=config, method=method)))
+                counts = np.asarray(_count(vision, config=config, method=method))
+                most = int(counts[: len(self.request.images)].max())
                 bucket = self.buckets.fit("visual", most)
                 capacity = min(bucket - config.keep_cls, patches + method.extra_tokens)
             selection = _select(
@@ -528,9 +535,10 @@ class _Run:
         row = self.request.rows[b]
         ids = self.tokens[b, : self.lengths[b]].tolist()
         text, reason = decode_text(self.processor, ids), "eos" if self.done[b] else "length"
-        ends = [text.find(string) for string in self.stop if string in text]
-        if ends:
-            text, reason = text[: min(ends)], "stop"
+        # Of several stop strings the one that is complete first, however far decoding went on.
+        found = [(text.find(s) + len(s), text.find(s)) for s in self.stop if s in text]
+        if found:
+            text, reason = text[: min(found)[1]], "stop"
         first = int(self.config.keep_cls)
         indices = self.indices if self.indices is not None else np.zeros((0, 0), np.int32)
         kept = [indices[i, first : self.counts[i]] for i in row.images]
@@ -561,6 +569,27 @@ class _Timer:
         self.seconds[self.stage] = self.seconds.get(self.stage, 0.0) + spent
 
 
+def _checked_stop(stop: Any) -> Sequence[str]:
+    if not isinstance(stop, list | tuple):
+        raise UserError(f"stop is {stop!r}; expected a string or a list of them.")
+    return stop
+
+
+def _seeds(seed: Any, rows: int) -> list[int]:
+    if isinstance(seed, int | np.integer):
+        return [int(seed)] * rows
+    if isinstance(seed, list | tuple | np.ndarray):
+        return [int(s) if isinstance(s, np.integer) else s for s in seed]
+    raise UserError(f"seed is {seed!r}; expected a whole number, or a list with one a prompt.")
+
+
+def _resolve(method: Any, seed: Any, options: dict[str, Any]) -> VisionMethod | None:
+    """A named method that draws at random takes the request's seed."""
+    if method == RandomPlaces.name and isinstance(seed, int):
+        options = {"seed": seed, **options}
+    return resolve(method, **options)
+
+
 def _unpack(
     params: Params | Mapping[str, Any], config: Any, processor: Processor | None
 ) -> tuple[dict[str, Any], Any, Processor]:
@@ -575,4 +604,10 @@ def _unpack(
         )
     if config is None or processor is None:
         raise UserError("Bare params need config= and processor=; jaxprune.load gives all three.")
+    missing = {"vision_tower", "multi_modal_projector", "language_model"} - set(params)
+    if missing:
+        raise UserError(f"params lack {', '.join(sorted(missing))}; expected all three parts.")
+    if not isinstance(processor, Processor):
+        raise UserError(f"processor is a {type(processor).__name__}; expected a Processor.")
+    family(config)
     return dict(params), config, processor

@@ -28,21 +28,34 @@ def load_image(image: Any) -> Image.Image:
         UserError: for what is no image, is damaged, or is larger than `MAX_PIXELS`.
     """
     if isinstance(image, str | pathlib.Path):
-        return _to_rgb(_open(pathlib.Path(image).expanduser()))
+        return _to_rgb(_open(image))
     if isinstance(image, Image.Image):
         _check_size(image, "The image")
-        return _to_rgb(image)
+        try:
+            return _to_rgb(image)
+        except Exception as error:  # a PIL image reads its file late, and may fail in many ways
+            raise UserError(f"The PIL image cannot be read ({error}); open it again.") from None
     if isinstance(image, np.ndarray) or hasattr(image, "__array__"):
-        return _from_array(np.asarray(image))
+        try:
+            array = np.asarray(image)
+        except Exception as error:  # whatever the array's own library raises
+            raise UserError(f"image does not become a NumPy array ({error}).") from None
+        return _from_array(array)
     raise UserError(
         f"image is a {type(image).__name__}; expected a path, a PIL image or a uint8 array."
     )
 
 
-def _open(path: pathlib.Path) -> Image.Image:
-    if not path.is_file():
-        what = "is a directory" if path.is_dir() else "does not exist"
-        raise UserError(f"The image {path} {what}; expected an image file.")
+def _open(name: str | pathlib.Path) -> Image.Image:
+    try:
+        path = pathlib.Path(name).expanduser()
+        if not path.is_file():
+            what = "is a directory" if path.is_dir() else "does not exist"
+            raise UserError(f"The image {path} {what}; expected an image file.")
+    except UserError:
+        raise
+    except (OSError, RuntimeError, ValueError):  # too long, no such home, a null character
+        raise UserError(f"{str(name)[:60]!r} is not a path; expected an image file.") from None
     try:
         with warnings.catch_warnings():
             # Pillow warns of what _check_size refuses.

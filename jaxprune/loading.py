@@ -8,6 +8,7 @@ import jax
 
 from jaxprune import checkpoints_convert
 from jaxprune.checkpoints_convert.load import existing_directory, is_original
+from jaxprune.errors import UserError
 from jaxprune.json_file import read_json
 from jaxprune.processing import Processor, load_processor
 
@@ -83,6 +84,11 @@ def export(params: Params, directory: Any, *, show_progress: bool | None = None)
     Raises:
         jaxprune.UserError: when `directory` exists or cannot be written.
     """
+    if params.config.image_token_index < 0:
+        raise UserError(
+            "The model came from LLaVA's original format, whose tokenizer has no image token; "
+            "transformers could not use it. Export a model of the Hugging Face format."
+        )
     companions = params.processor.directory if params.processor else None
     checkpoints_convert.export(
         params.arrays,

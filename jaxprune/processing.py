@@ -80,9 +80,8 @@ def as_messages(prompt: Any, num_images: int) -> list[Message]:
         UserError: for an empty or malformed prompt.
     """
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    texts = [message_text(message) for message in messages]
     for message in messages:
-        if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
-            raise UserError(f"A message is {message!r}; expected a dict with 'role' and 'content'.")
         if message["role"] not in ("system", "user", "assistant"):
             raise UserError(
                 f"A message has role {message['role']!r}; expected system, user or assistant."
@@ -90,7 +89,7 @@ def as_messages(prompt: Any, num_images: int) -> list[Message]:
     if not messages or messages[-1]["role"] != "user":
         raise UserError("The conversation does not end with a user message; add the question.")
     flat: list[Message] = [
-        {**message, "content": _as_text(message["content"])} for message in messages
+        {**message, "content": text} for message, text in zip(messages, texts, strict=True)
     ]
     if not flat[-1]["content"].replace(IMAGE_PLACEHOLDER, "").strip():
         raise UserError("The prompt is empty; ask something about the image.")
@@ -104,7 +103,15 @@ def as_messages(prompt: Any, num_images: int) -> list[Message]:
     return flat
 
 
-def _as_text(content: Any) -> str:
+def message_text(message: Any) -> str:
+    """The content of a message as text, with a placeholder where an image part stands.
+
+    Raises:
+        UserError: for a malformed message.
+    """
+    if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
+        raise UserError(f"A message is {message!r}; expected a dict with 'role' and 'content'.")
+    content = message["content"]
     if isinstance(content, str):
         return content
     pieces = []
@@ -142,7 +149,9 @@ def render(processor: Processor, messages: Sequence[Message]) -> str:
         except Exception as error:  # whatever a template raises, of its own or Jinja's
             problem = error
             continue
-        if text.count(IMAGE_PLACEHOLDER) == wanted and question in text:
+        # A template for strings would spell the parts out as Python.
+        spelled = "{'type'" in text and "{'type'" not in question
+        if text.count(IMAGE_PLACEHOLDER) == wanted and question in text and not spelled:
             return text
     raise UserError(
         "The model's chat template cannot render this conversation "
@@ -243,7 +252,7 @@ def load_processor(directory: pathlib.Path, *, original: bool = False) -> Proces
     except Exception as error:  # transformers raises many types for missing or odd files
         raise UserError(
             f"{directory} has no usable tokenizer ({_first_line(error)}); expected "
-            "tokenizer.json or tokenizer.model with tokenizer_config.json."
+            "tokenizer.json, or tokenizer.model with sentencepiece and protobuf installed."
         ) from None
     if original:
         pad = read_json(directory / "config.json").get("image_aspect_ratio") == "pad"

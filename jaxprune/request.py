@@ -9,7 +9,14 @@ from PIL import Image
 
 from jaxprune.errors import UserError
 from jaxprune.images import load_image
-from jaxprune.processing import IMAGE_PLACEHOLDER, Processor, as_messages, render, tokenize
+from jaxprune.processing import (
+    IMAGE_PLACEHOLDER,
+    Processor,
+    as_messages,
+    message_text,
+    render,
+    tokenize,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +79,12 @@ def _pair(image: Any, prompt: Any) -> tuple[list[Any], list[list[Any]], bool]:
     if prompt is None:
         raise UserError("There is no prompt; pass a question as a string.")
     one_prompt = _is_one_prompt(prompt)
-    prompts = [prompt] if one_prompt else list(prompt)
+    prompts: list[Any] = [prompt] if one_prompt else list(prompt)
+    for item in prompts:
+        if not isinstance(item, str | list | tuple):
+            raise UserError(
+                f"A prompt is a {type(item).__name__}; expected a string or a list of messages."
+            )
     if not prompts:
         raise UserError("The list of prompts is empty; pass at least one.")
 
@@ -104,7 +116,7 @@ def _row(image: Any) -> list[Any]:
 def _is_one_prompt(prompt: Any) -> bool:
     if isinstance(prompt, str):
         return True
-    if not isinstance(prompt, Sequence):
+    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
         raise UserError(
             f"prompt is a {type(prompt).__name__}; expected a string, a list of strings, or "
             "messages."
@@ -115,7 +127,7 @@ def _is_one_prompt(prompt: Any) -> bool:
 def _count_placeholders(prompt: Any) -> int:
     if isinstance(prompt, str):
         return prompt.count(IMAGE_PLACEHOLDER)
-    return sum(m["content"].count(IMAGE_PLACEHOLDER) for m in as_messages(prompt, 0))
+    return sum(message_text(message).count(IMAGE_PLACEHOLDER) for message in prompt)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """The next token from logits: greedy, or temperature with top-k and top-p."""
 
+import numbers
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -37,11 +39,11 @@ def make_sampling(
     Raises:
         UserError: for a value out of its range.
     """
-    if not 0 <= temperature < float("inf"):
+    if not _is_number(temperature) or not 0 <= temperature < float("inf"):
         raise UserError(f"temperature is {temperature!r}; expected 0 (greedy) or more.")
     if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
         raise UserError(f"top_k is {top_k!r}; expected a whole number, 1 or more.")
-    if top_p is not None and not 0 < top_p <= 1:
+    if top_p is not None and not (_is_number(top_p) and 0 < top_p <= 1):
         raise UserError(f"top_p is {top_p!r}; expected more than 0 and at most 1.")
     for seed in seeds:
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
@@ -54,6 +56,10 @@ def make_sampling(
     )
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
 def next_token(
     logits: jax.Array, sampling: Sampling, step: jax.Array, *, greedy: bool
 ) -> jax.Array:
@@ -64,7 +70,10 @@ def next_token(
     """
     if greedy:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    ordered, tokens = jax.lax.top_k(logits / sampling.temperature, logits.shape[-1])
+    # From the row's maximum down: a tiny temperature then gives -inf, never inf - inf.
+    logits = logits - jnp.max(logits, axis=-1, keepdims=True)
+    temperature = jnp.maximum(sampling.temperature, 1e-30)
+    ordered, tokens = jax.lax.top_k(logits / temperature, logits.shape[-1])
     place = jnp.arange(logits.shape[-1])
     ordered = jnp.where(place < sampling.top_k, ordered, -jnp.inf)
     probability = jax.nn.softmax(ordered, axis=-1)

@@ -183,6 +183,42 @@ def test_several_images_in_a_prompt(tiny_model):
     assert np.abs(np.asarray(ab.first_logits - ba.first_logits)).max() > 1e-3
 
 
+def test_a_list_of_images_beside_a_conversation(tiny_model):
+    a, b = picture(1), picture(2)
+    one = {"type": "image"}
+    turn = [{"role": "user", "content": [one, {"type": "text", "text": "What?"}]}]
+    expected = jaxprune.generate(tiny_model, a, turn, max_new_tokens=4)
+    assert jaxprune.generate(tiny_model, [a], turn, max_new_tokens=4) == [expected]
+    both = [{"role": "user", "content": [one, one, {"type": "text", "text": "Which?"}]}]
+    details = jaxprune.generate(tiny_model, [a, b], both, max_new_tokens=4, return_details=True)
+    assert details.visual_tokens == [16, 16]
+
+
+def test_rows_that_pad_the_batch_do_not_prolong_it(small_model, held_out):
+    images = [image for image, _ in held_out[:3]]
+    run = start(small_model, images, "Is there a red star?", max_new_tokens=16)
+    run.advance(15)
+    assert run.done.all()
+    assert run.step < 8
+
+
+def test_the_longest_possible_stop_string_is_held_back(tiny_model):
+    run = start(tiny_model, picture(0), "What?")
+    run.stop = ["b!", "ab?"]
+    assert run.safe_part("xab") == "x"
+
+
+def test_random_takes_the_seed(tiny_model):
+    kept = [
+        jaxprune.generate(
+            tiny_model, picture(0), "What?", method="random", keep=5, seed=seed,
+            return_details=True, max_new_tokens=1,
+        ).kept_indices[0].tolist()
+        for seed in (0, 1)
+    ]  # fmt: skip
+    assert kept[0] != kept[1]
+
+
 def test_text_alone(tiny_model):
     answer = jaxprune.generate(tiny_model, None, "Hello", max_new_tokens=5, return_details=True)
     assert answer.visual_tokens == []
@@ -325,6 +361,13 @@ MISTAKES = [
     ({"seed": -1}, "seed is -1"),
     ({"seed": [1, 2]}, "2 seeds came for 1 prompts"),
     ({"stop": ""}, "stop is ''"),
+    ({"stop": 5}, "stop is 5"),
+    ({"seed": 1.5}, "seed is 1.5"),
+    ({"temperature": "0.5"}, "temperature is '0.5'"),
+    ({"buckets": None}, "buckets is a NoneType"),
+    ({"prompt": [1]}, "A prompt is a int"),
+    ({"prompt": b"abc"}, "prompt is a bytes"),
+    ({"image": "x" * 5000}, "is not a path"),
     ({"prompt": ["a"] * 65, "image": None}, "over the largest bucket 64"),
     ({"chat": False, "prompt": " "}, "The prompt is empty"),
 ]

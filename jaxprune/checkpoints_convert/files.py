@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from jaxprune.errors import UserError
 from jaxprune.json_file import read_json
 
+FLOATS = ("float64", "float32", "float16", "bfloat16")
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -49,7 +50,7 @@ def _weight_files(directory: pathlib.Path, suffix: str) -> list[pathlib.Path]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise UserError(f"{index} has no 'weight_map'; download it again.")
-    names = sorted(set(weight_map.values()))
+    names = sorted(set(map(str, weight_map.values())))
     for name in names:
         if pathlib.PurePath(name).name != name:
             raise UserError(f"{index} points outside its directory ({name!r}); refused.")
@@ -68,12 +69,7 @@ def _open_safetensors(path: pathlib.Path) -> Iterator[StoredTensor]:
             f"{path} is not a complete safetensors file ({error}); download it again."
         ) from None
     for key, (shape, dtype) in headers.items():
-        if dtype not in _DTYPES:
-            raise UserError(
-                f"{path} stores {key} as {dtype}; supported: {', '.join(_DTYPES)}. "
-                "Quantised checkpoints have to be converted to one of these first."
-            )
-        yield StoredTensor(key, shape, _DTYPES[dtype], _safetensor_reader(path, key))
+        yield StoredTensor(key, shape, _DTYPES.get(dtype, dtype), _safetensor_reader(path, key))
 
 
 def _safetensor_reader(path: pathlib.Path, key: str) -> Callable[[], np.ndarray]:
@@ -94,7 +90,10 @@ def _open_bin(path: pathlib.Path) -> Iterator[StoredTensor]:
             "alone; install torch, or convert the file to safetensors."
         ) from None
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # files from before torch 1.6 cannot be mapped
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types for a broken or unsafe pickle
         raise UserError(
             f"torch's weights-only loader refuses {path} ({str(error).splitlines()[0]})."
@@ -105,6 +104,8 @@ def _open_bin(path: pathlib.Path) -> Iterator[StoredTensor]:
             return lambda: tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
         return lambda: tensor.contiguous().numpy()
 
+    if not isinstance(state, dict) or not all(isinstance(x, torch.Tensor) for x in state.values()):
+        raise UserError(f"{path} holds no plain dict of tensors; expected a state dict.")
     for key, tensor in state.items():
         dtype = str(tensor.dtype).removeprefix("torch.")
         yield StoredTensor(key, tuple(tensor.shape), dtype, reader(tensor))

@@ -54,7 +54,12 @@ def load_checkpoint(
     dtype = _resolve_dtype(dtype, directory)
     config = read_config(directory, dtype=dtype, vision_tower=vision_tower)
     extra = [existing_directory(vision_tower)] if vision_tower else []
-    plan = make_plan(directory, config, *extra)
+    try:
+        plan = make_plan(directory, config, *extra)
+    except UserError as error:
+        if "vision_tower" in str(error) and is_original(read_json(directory / "config.json")):
+            raise UserError(f"{error} Pass the CLIP tower's directory as vision_tower.") from None
+        raise
     numpy_dtype = numpy_dtype_of(dtype)
 
     # The largest first: a tensor is in memory two or three times while it is laid out, which
@@ -78,6 +83,8 @@ def existing_directory(directory: Any) -> pathlib.Path:
     Raises:
         UserError: when it is no directory.
     """
+    if not isinstance(directory, str | pathlib.Path):
+        raise UserError(f"directory is a {type(directory).__name__}; expected a path.")
     path = pathlib.Path(directory).expanduser()
     if not path.is_dir():
         what = "is a file" if path.exists() else "does not exist"

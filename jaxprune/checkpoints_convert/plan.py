@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxprune.checkpoints_convert.files import StoredTensor, stored_tensors
+from jaxprune.checkpoints_convert.files import FLOATS, StoredTensor, stored_tensors
 from jaxprune.checkpoints_convert.keys import canonical_key
 from jaxprune.checkpoints_convert.tables import KEEP, Transform, key_of, path_of
 from jaxprune.errors import UserError
@@ -108,6 +108,11 @@ def make_plan(directory: pathlib.Path, config: Any, *extra: pathlib.Path) -> Pla
                 if place == directory:
                     doubled.append(stored.key)
                 continue
+            if stored.dtype not in FLOATS:
+                raise UserError(
+                    f"{place} stores {stored.key} as {stored.dtype}; supported: "
+                    f"{', '.join(FLOATS)}. Quantised checkpoints have to be converted first."
+                )
             shape = stored_shape(transform, expected[path].shape)
             if stored.shape != shape:
                 misshaped.append(f"{stored.key} is {list(stored.shape)}, expected {list(shape)}")

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from jaxprune.checkpoints_convert.files import stored_tensors
@@ -125,7 +126,10 @@ def convert(
 
     fields = read_json(source / "config.json")
     if is_original(fields):
-        fields = {**config.to_hf(), **_token_ids(source)}
+        raise UserError(
+            f"{source} is in LLaVA's original format, which loads but does not convert yet: its "
+            "tokenizer has no image token and its image processor no file. Load it directly."
+        )
     if dtype is not None:
         fields.pop("torch_dtype", None)
         fields["dtype"] = dtype
@@ -178,8 +182,8 @@ def _write_weights(place: pathlib.Path, tensors: Iterable[tuple[str, np.ndarray]
         if pending:
             # The "pt" mark is what transformers asks for; it says nothing of torch itself.
             path = place / f"shard-{len(shards)}"
-            path.touch()  # with the user's own permissions; save_file would make it private
             save_file(pending, path, metadata={"format": "pt"})
+            path.chmod(place.stat().st_mode & 0o666)  # save_file makes it private
             shards.append(list(pending))
             pending, pending_bytes = {}, 0
 
@@ -237,7 +241,7 @@ def _new_directory(directory: Any) -> Iterator[pathlib.Path]:
         partial.mkdir(parents=True)
         yield partial
         partial.rename(target)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(f"Cannot write {target} ({error}).") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -97,7 +97,8 @@ class PruMerge(VisionMethod):
         else:
             own = jnp.take_along_axis(s, indices, axis=1)[..., None]
             total = own + weights.sum(-1, keepdims=True)
-            merged = (own * merged + weighted_sum(weights, x)) / total
+            mean = (own * merged + weighted_sum(weights, x)) / jnp.where(total > 0, total, 1.0)
+            merged = jnp.where(total > 0, mean, merged)  # no attention at all: nothing to merge
 
         extra = weighted_sum(jnp.where(is_kept, 0.0, s)[:, None], x)  # [I, 1, C]
         tokens = jnp.where((slot == kept[:, None])[..., None], extra, merged)

@@ -55,7 +55,8 @@ class ClipVisionConfig:
         """
         where = "The CLIP vision config"
         handled = {field.name for field in dataclasses.fields(cls)} | {"num_channels"}
-        refuse_unknown(fields, handled, where)
+        # Old releases wrote the flag into every config; a tower has no words to tie.
+        refuse_unknown(fields, handled | {"tie_word_embeddings"}, where)
         require(fields, "num_channels", (3,), where, 3)
         require(fields, "hidden_act", tuple(ACTIVATIONS), where, "quick_gelu")
         # transformers' defaults, which it leaves out of the config.json it writes (ViT-B/32).

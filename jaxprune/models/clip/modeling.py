@@ -170,5 +170,7 @@ def cls_attention(q_cls: jax.Array, keys: jax.Array, *, num_heads: int) -> jax.A
     images, slots, width = keys.shape
     q = q_cls.reshape(images, num_heads, width // num_heads).astype(jnp.float32)
     k = keys.reshape(images, slots, num_heads, width // num_heads).astype(jnp.float32)
-    logits = jnp.einsum("ihd,ishd->ihs", q, k) * (width // num_heads) ** -0.5
+    # A rounded product would change who is an outlier.
+    logits = jnp.einsum("ihd,ishd->ihs", q, k, precision=jax.lax.Precision.HIGHEST)
+    logits = logits * (width // num_heads) ** -0.5
     return jax.nn.softmax(logits, axis=-1).mean(axis=1)[:, 1:]

@@ -89,16 +89,22 @@ class LlavaConfig:
         )
         act = require(fields, "projector_hidden_act", tuple(ACTIVATIONS), _WHERE, "gelu")
 
-        vision = dict(fields.get("vision_config") or {})
+        # Without a vision config LLaVA's tower is ViT-L/14 at 336 pixels; a size that is left
+        # out of a given one has CLIP's own default, as in transformers.
+        vision = _mapping(fields, "vision_config") or ClipVisionConfig().to_hf()
         require(vision, "model_type", ("clip_vision_model",), "The vision config", None)
-        # The tower that transformers assumes for LLaVA where a size is left out.
-        vision = {**ClipVisionConfig().to_hf(), "layer_norm_eps": 1e-5, **vision}
-        text = dict(fields.get("text_config") or {})
+        text = _mapping(fields, "text_config")
         require(text, "model_type", ("llama",), "The text config", "llama")
         if fields.get("tie_word_embeddings"):
             text["tie_word_embeddings"] = True
 
         layer = fields.get("vision_feature_layer", -2)
+        indices = layer if isinstance(layer, list) else [layer]
+        if not indices or not all(type(index) is int for index in indices):
+            raise UserError(
+                f"{_WHERE} has vision_feature_layer={layer!r}; expected a whole number or a "
+                "list of them."
+            )
         return cls(
             vision_config=ClipVisionConfig.from_hf(vision, dtype=dtype),
             text_config=LlamaConfig.from_hf(text, dtype=dtype),
@@ -125,3 +131,10 @@ class LlavaConfig:
             "multimodal_projector_bias": self.multimodal_projector_bias,
             "tie_word_embeddings": self.text_config.tie_word_embeddings,
         }
+
+
+def _mapping(fields: Mapping[str, Any], name: str) -> dict[str, Any]:
+    value = fields.get(name) or {}
+    if not isinstance(value, Mapping):
+        raise UserError(f"{_WHERE} has {name}={value!r}; expected an object.")
+    return dict(value)
