@@ -26,7 +26,7 @@ $(VENV)/.dev: $(VENV)/.base
 	@touch $@
 
 IMAGE := jaxprune/assets/demo.png
-QUESTION := Which is larger, the red star or the blue circle?
+QUESTION := What shape is the blue object?
 
 demo: $(VENV)/.base  ## ask the small model about the shipped picture, with and without pruning
 	@for method in none prumerge prumerge_plus; do \

@@ -82,6 +82,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="model directory; without it, the small model that ships")
     parser.add_argument("--scenes", type=int, default=2000)
+    parser.add_argument(
+        "--tokens", type=int, nargs="*", default=[72, 36, 18, 9], help="further fixed numbers"
+    )
     parser.add_argument("--json", type=pathlib.Path, help="write the numbers here too")
     args = parser.parse_args()
 
@@ -100,7 +103,8 @@ def main() -> None:
         with console.status(f"{label} ..."):
             answers, tokens = ask(params, images, questions, **setting)
         rows.append({"method": label, "tokens": tokens, **by_kind(questions, answers)})
-    targets = sorted({round(row["tokens"]) for row in rows[2:]} | {72, 36, 18, 9}, reverse=True)
+    own = {round(row["tokens"]) for row in rows[2:]}
+    targets = sorted(own | set(args.tokens), reverse=True)
     for target in targets:
         fixed = [
             ("prumerge", {"method": "prumerge", "keep": target - 1}),
