@@ -113,15 +113,15 @@ def small_config() -> llava.LlavaConfig:
 
 
 def patch_labels(scene: scenes.Scene) -> np.ndarray:
-    """What each patch shows: int32 `[N, 3]` of colour, shape and size, 0 for the ground."""
+    """What each patch shows: int32 `[N, 4]`, as `object_labels` has it, 0 for the ground."""
     centers = (np.arange(GRID) + 0.5) * PATCH
-    labels = np.zeros((GRID, GRID, 3), np.int32)
+    labels = np.zeros((GRID, GRID, 4), np.int32)
     for item in scene.objects:
         reach = scenes.SIZES[item.size] + 1
         rows = np.abs(centers - item.y) < reach
         columns = np.abs(centers - item.x) < reach
-        labels[np.ix_(rows, columns)] = object_labels(item)[:3]
-    return labels.reshape(-1, 3)
+        labels[np.ix_(rows, columns)] = object_labels(item)
+    return labels.reshape(-1, 4)
 
 
 def object_labels(item: scenes.Object) -> tuple[int, int, int, int]:
@@ -144,14 +144,14 @@ def make_batch(tokenizer: Tokenizer, seed: int, step: int, size: int) -> dict[st
     """The batch of one step.
 
     Returns:
-        pixels uint8 `[B, 96, 96, 3]`; patches int32 `[B, N, 3]`; captions int32
+        pixels uint8 `[B, 96, 96, 3]`; patches int32 `[B, N, 4]`; captions int32
         `[B, objects, 4]`; token_ids int32 `[B, segments, SEGMENT]`; targets bool, as
         token_ids: the answer tokens and the end of sequence.
     """
     segments = len(scenes.KINDS) + LISTINGS
     batch = {
         "pixels": np.zeros((size, GRID * PATCH, GRID * PATCH, 3), np.uint8),
-        "patches": np.zeros((size, GRID * GRID, 3), np.int32),
+        "patches": np.zeros((size, GRID * GRID, 4), np.int32),
         "captions": np.zeros((size, scenes.MAX_OBJECTS, 4), np.int32),
         "token_ids": np.full((size, segments, SEGMENT), SPECIAL_TOKENS.index("<pad>"), np.int32),
         "targets": np.zeros((size, segments, SEGMENT), bool),
@@ -202,19 +202,20 @@ class TrainingHeads(nn.Module):
     def __call__(
         self, patches: jax.Array, cls: jax.Array, captions: jax.Array
     ) -> tuple[list[jax.Array], jax.Array]:
-        """Patch logits for colour, shape and size, and `[B, B]` image-caption similarities.
+        """Patch logits for each label, and `[B, B]` image-caption similarities.
 
         Args:
             patches: `[B, N, C]`.
             cls: `[B, C]`.
             captions: int32 `[B, objects, 4]`, a bag of described objects, 0 = no object.
         """
-        counts = [1 + len(scenes.COLORS), 1 + len(scenes.SHAPES), 1 + len(scenes.SIZES)]
+        kinds = (scenes.COLORS, scenes.SHAPES, scenes.SIZES, scenes.POSITIONS)
+        counts = [1 + len(kind) for kind in kinds]
         logits = [nn.Dense(n, name=f"patch_{i}")(patches) for i, n in enumerate(counts)]
 
         words = [
             nn.Embed(n, self.width, name=f"word_{i}")(captions[..., i])
-            for i, n in enumerate([*counts, 1 + len(scenes.POSITIONS)])
+            for i, n in enumerate(counts)
         ]
         described = nn.Dense(self.width)(nn.gelu(nn.Dense(2 * self.width)(sum(words))))
         present = (captions[..., :1] > 0).astype(described.dtype)
@@ -270,7 +271,7 @@ def word_loss(
 
     Args:
         visual: `[B, N, D]`, projected.
-        patches: int32 `[B, N, 3]`, 0 for the ground.
+        patches: int32 `[B, N, 4]`, 0 for the ground.
         words: token ids of the colours and of the shapes.
     """
     embedding = params["model"]["language_model"]["embed_tokens"]["embedding"]
@@ -560,8 +561,8 @@ def main() -> None:
     parser.add_argument("--export", type=pathlib.Path, help="write the Hugging Face directory here")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vision-steps", type=int, default=2200)
-    parser.add_argument("--look-up-steps", type=int, default=1000)
-    parser.add_argument("--steps", type=int, default=550)
+    parser.add_argument("--look-up-steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=2200)
     parser.add_argument("--vision-batch", type=int, default=32)
     parser.add_argument("--batch", type=int, default=16)
     args = parser.parse_args()
@@ -577,7 +578,7 @@ def main() -> None:
     stages = (
         Stage(name="vision", steps=args.vision_steps, batch=args.vision_batch, answers=False),
         Stage(name="look-up", steps=args.look_up_steps, batch=args.batch, patches=24),
-        Stage(name="answers", steps=args.steps, batch=args.batch, tower_share=0.2),
+        Stage(name="answers", steps=args.steps, batch=args.batch, tower_share=0.05),
     )
     for i, stage in enumerate(stages):
         params = train_stage(stage, params, config, tokenizer, args.out, args.seed + i)
