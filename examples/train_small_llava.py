@@ -320,9 +320,14 @@ def answer_logits(
         jnp.broadcast_to(start + jnp.tile(jnp.arange(length), segments), (B, segments * length)),
     ]
     positions = jnp.concatenate(positions, axis=1).astype(jnp.int32)
-    tokens = Tokens(x=x, positions=positions, valid=jnp.ones(x.shape[:2], bool))
-    hidden, _ = decoder.apply(variables, tokens, new_slots=0, mask=mask, method="prefill")
-    hidden = hidden[:, prefix:].reshape(B, segments, length, -1)
+    tokens = Tokens(
+        x=x,
+        positions=positions,
+        valid=jnp.ones(x.shape[:2], bool),
+        kind=jnp.zeros(x.shape[:2], jnp.int32),
+    )
+    prefilled = decoder.apply(variables, tokens, new_slots=0, mask=mask, method="prefill")
+    hidden = prefilled.tokens.x[:, prefix:].reshape(B, segments, length, -1)
     return decoder.apply(variables, hidden, method="logits")
 
 

@@ -3,8 +3,22 @@
 from jaxprune.errors import UserError
 from jaxprune.generate import Answer, generate, stream
 from jaxprune.loading import DEMO_IMAGE, SMALL_MODEL, Params, export, load
-from jaxprune.methods import METHODS, PruMerge, PruMergePlus, RandomPlaces, UniformPlaces
+from jaxprune.methods import (
+    METHODS,
+    VTW,
+    FastV,
+    FitPrune,
+    GSearch,
+    Iti,
+    PruMerge,
+    PruMergePlus,
+    PSigmoid,
+    PyramidDrop,
+    RandomPlaces,
+    UniformPlaces,
+)
 from jaxprune.processing import Processor
+from jaxprune.recipes import Recipe, load_recipe, save_recipe
 from jaxprune.shapes import Buckets
 from jaxprune.version import __version__
 
@@ -12,18 +26,28 @@ __all__ = [
     "DEMO_IMAGE",
     "METHODS",
     "SMALL_MODEL",
+    "VTW",
     "Answer",
     "Buckets",
+    "FastV",
+    "FitPrune",
+    "GSearch",
+    "Iti",
+    "PSigmoid",
     "Params",
     "Processor",
     "PruMerge",
     "PruMergePlus",
+    "PyramidDrop",
     "RandomPlaces",
+    "Recipe",
     "UniformPlaces",
     "UserError",
     "__version__",
     "export",
     "generate",
     "load",
+    "load_recipe",
+    "save_recipe",
     "stream",
 ]

@@ -4,7 +4,7 @@
     encode         pixels -> features and signals                               (jit)
     count, select  -> visual tokens that are left                               (jit)
     embed          project, merge into the text embeddings                      (jit)
-    prefill        all layers -> first token, caches                            (jit)
+    prefill        all layers, dropping tokens -> first token, caches           (jit)
     decode         a loop of single steps, caches donated                       (jit)
 
 Every array that enters a jitted stage has the size of a bucket (`shapes.py`). One number
@@ -24,12 +24,22 @@ import numpy as np
 
 from jaxprune.errors import UserError
 from jaxprune.loading import Params
-from jaxprune.methods import RandomPlaces, VisionMethod, resolve
+from jaxprune.methods import Plan, RandomPlaces, VisionMethod, depth_of, resolve
 from jaxprune.models.registry import family
+from jaxprune.ops.schedule import NO_CUTS, Schedule
 from jaxprune.ops.visual import Selection, VisionOutput
 from jaxprune.processing import Processor, decode_text, pixel_values
-from jaxprune.request import Request, lay_out, make_request, row_lengths
+from jaxprune.request import (
+    Layout,
+    Request,
+    lay_out,
+    make_request,
+    row_lengths,
+    text_length,
+    visual_length,
+)
 from jaxprune.sampling import Sampling, make_sampling, next_token
+from jaxprune.schedules import Lengths, candidates_left, gather_schedule
 from jaxprune.shapes import DEFAULT_BUCKETS, Buckets
 
 STOP_CHECK_EVERY = 16  # tokens between looks for a stop string
@@ -48,6 +58,8 @@ class Answer:
         unpruned_visual_tokens: for each image, how many there are without pruning.
         kept_indices: for each image, the patches that stayed, int32, in the decoder's
             order; -1 for a token that stands for several.
+        kept_by_layer: for each decoder layer that drops tokens, for each image, the patches
+            that are left behind it.
         seconds: wall time of the whole batch by stage: "preprocess", "encode", "select",
             "prefill", "decode". A first call includes compilation.
     """
@@ -59,6 +71,7 @@ class Answer:
     visual_tokens: list[int]
     unpruned_visual_tokens: list[int]
     kept_indices: list[np.ndarray]
+    kept_by_layer: dict[int, list[np.ndarray]]
     seconds: dict[str, float]
 
 
@@ -123,6 +136,7 @@ def _embed(
     params: dict,
     token_ids: jax.Array,
     visual_index: jax.Array,
+    kind: jax.Array,
     lengths: jax.Array,
     visual_tokens: jax.Array | None,
     *,
@@ -131,40 +145,47 @@ def _embed(
     # A stage of its own: the number of images and of visual tokens ends here, so that the
     # decoder, which takes long to compile, is compiled for batch and sequence alone.
     model = family(config)
-    return model.embed(params, config, token_ids, visual_index, lengths, visual_tokens)
+    return model.embed(params, config, token_ids, visual_index, kind, lengths, visual_tokens)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "new_slots", "greedy"))
+@functools.partial(jax.jit, static_argnames=("config", "schedule", "new_slots", "greedy"))
 def _prefill(
     params: dict,
     tokens: Any,
+    counts: jax.Array | None,
     lengths: jax.Array,
     rows: jax.Array,
     sampling: Sampling,
     eos: jax.Array,
     *,
     config: Any,
+    schedule: Schedule,
     new_slots: int,
     greedy: bool,
-) -> tuple[DecodeState, jax.Array]:
-    """The prompt through the decoder: the state after the first token, and its logits.
+) -> tuple[DecodeState, jax.Array, Any]:
+    """The prompt through the decoder: the state after the first token, its logits, survivors.
 
     Rows from `rows` on only pad the batch and are done from the start.
     """
     model = family(config)
-    hidden, caches = model.prefill(params, config, tokens, new_slots=new_slots)
-    logits = model.last_logits(params, config, hidden, lengths)
-    batch = lengths.shape[0]
+    prefilled = model.prefill(
+        params, config, tokens, new_slots=new_slots, schedule=schedule, counts=counts
+    )
+    batch, slots = prefilled.tokens.valid.shape
+    # The last token is never dropped: it is in the last slot in use, whatever went before it.
+    last = jnp.max(jnp.where(prefilled.tokens.valid, jnp.arange(slots), 0), axis=-1)
+    hidden = jnp.take_along_axis(prefilled.tokens.x, last[:, None, None], axis=1)[:, 0]
+    logits = model.logits(params, config, hidden)
     state = DecodeState(
         token=jnp.zeros(batch, jnp.int32),
         positions=lengths - 1,
-        caches=caches,
+        caches=prefilled.caches,
         step=jnp.zeros((), jnp.int32),
         tokens=jnp.zeros((batch, new_slots), jnp.int32),
         lengths=jnp.zeros(batch, jnp.int32),
         done=jnp.arange(batch) >= rows,
     )
-    return _append(state, logits, sampling, eos, greedy=greedy), logits
+    return _append(state, logits, sampling, eos, greedy=greedy), logits, prefilled.records
 
 
 @functools.partial(jax.jit, static_argnames=("config", "greedy"), donate_argnames=("state",))
@@ -218,7 +239,7 @@ def generate(
     image: Any = None,
     prompt: Any = None,
     *,
-    method: str | VisionMethod | None = "none",
+    method: Any = "none",
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     top_k: int | None = None,
@@ -242,8 +263,8 @@ def generate(
             list of either. Images stand where the prompt has "<image>", else in front.
             One prompt with a list of images asks the same about each, unless it has
             several placeholders.
-        method: a vision-side pruning method by name ("none", "prumerge", "prumerge_plus",
-            "random", "uniform") or instance.
+        method: a pruning method by name (see `jaxprune.METHODS`), an instance, a recipe or
+            its path, or a pair of one vision-side and one decoder-side method.
         max_new_tokens: at most this many tokens are generated; less where the model's
             context ends first.
         temperature: 0 decodes greedily; above, tokens are drawn.
@@ -256,7 +277,8 @@ def generate(
         return_details: `Answer` objects instead of strings.
         config, processor: for bare params.
         buckets: the shapes that may be compiled.
-        **method_options: hyperparameters of a named method, such as `keep=64`.
+        **method_options: hyperparameters of a named method, such as `keep=64`; for a recipe
+            `fractions=True` takes one that was made for another model.
 
     Returns:
         A string (or `Answer`) for one prompt, a list of them for lists.
@@ -268,7 +290,8 @@ def generate(
         params,
         image,
         prompt,
-        method=_resolve(method, seed, method_options),
+        method=method,
+        method_options=method_options,
         max_new_tokens=max_new_tokens,
         sampling_options={"temperature": temperature, "top_k": top_k, "top_p": top_p},
         seed=seed,
@@ -293,7 +316,7 @@ def stream(
     image: Any = None,
     prompt: Any = None,
     *,
-    method: str | VisionMethod | None = "none",
+    method: Any = "none",
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     top_k: int | None = None,
@@ -325,7 +348,8 @@ def stream(
         params,
         image,
         prompt,
-        method=_resolve(method, seed, method_options),
+        method=method,
+        method_options=method_options,
         max_new_tokens=max_new_tokens,
         sampling_options={"temperature": temperature, "top_k": top_k, "top_p": top_p},
         seed=seed,
@@ -363,7 +387,8 @@ class _Run:
         image: Any,
         prompt: Any,
         *,
-        method: VisionMethod | None,
+        method: Any,
+        method_options: dict[str, Any],
         max_new_tokens: int,
         sampling_options: dict[str, Any],
         seed: int | Sequence[int],
@@ -383,11 +408,11 @@ class _Run:
             raise UserError(f"stop is {stop!r}; expected strings that are not empty.")
         if not isinstance(buckets, Buckets):
             raise UserError(f"buckets is a {type(buckets).__name__}; expected jaxprune.Buckets.")
-        self.method, self.buckets = method, buckets
+        self.plan, self.buckets = _resolve(method, self.config, seed, method_options), buckets
         self.max_new_tokens = max_new_tokens
         self.seconds: dict[str, float] = {}
-        if method is not None:
-            method.check(self.config.num_image_tokens - self.config.keep_cls)
+        if self.plan.vision is not None:
+            self.plan.vision.check(self.config.num_image_tokens - self.config.keep_cls)
 
         with self._timed("preprocess"):
             self.request: Request = make_request(self.processor, image, prompt, chat=chat)
@@ -411,40 +436,61 @@ class _Run:
         selection = self._visual_tokens() if self.request.images else None
         counts = np.zeros(0, int) if selection is None else np.asarray(selection.counts)
         longest = self._check_context(counts)
-        room = self.config.text_config.context_length - longest
-        self.max_new_tokens = min(self.max_new_tokens, room)
-        layout = lay_out(
-            self.request.rows,
-            counts,
-            0 if selection is None else selection.tokens.shape[1],
-            batch=self.batch,
-            sequence=self.buckets.fit("sequence", longest),
+        self.max_new_tokens = min(
+            self.max_new_tokens, self.config.text_config.context_length - longest
         )
+        capacity = 0 if selection is None else selection.tokens.shape[1]
+        room = self._room(capacity)
+        self.layout: Layout = lay_out(
+            self.request.rows, counts, capacity, batch=self.batch, sequence=sum(room)
+        )
+        self.schedule, left = self._schedule(room, counts)
         with self._timed("prefill"):
             tokens = _embed(
                 self.params,
-                layout.token_ids,
-                layout.visual_index,
-                layout.lengths,
+                self.layout.token_ids,
+                self.layout.visual_index,
+                self.layout.kind,
+                self.layout.lengths,
                 None if selection is None else selection.tokens,
                 config=self.config,
             )
-            self.state, self.first_logits = jax.block_until_ready(
+            self.state, self.first_logits, self.survivors = jax.block_until_ready(
                 _prefill(
                     self.params,
                     tokens,
-                    layout.lengths,
+                    left,
+                    self.layout.lengths,
                     np.int32(len(self.request.rows)),
                     self.sampling,
                     self.eos,
                     config=self.config,
+                    schedule=self.schedule,
                     new_slots=self.buckets.fit("new_tokens", self.max_new_tokens),
                     greedy=self.greedy,
                 )
             )
-        self.counts = counts
+        self.counts, self.capacity = counts, capacity
         self.indices = None if selection is None else np.asarray(selection.indices)
         self._fetch()
+
+    def _room(self, capacity: int) -> Lengths:
+        """The buckets of the batch's rows, whose images have `capacity` slots each."""
+        rows, fit = self.request.rows, self.buckets.fit
+        # A row that ends with an image keeps its last visual token, which then counts as text.
+        text = fit("text", max(text_length(row) + (not row.pieces[-1]) for row in rows))
+        images = max(len(row.images) for row in rows)
+        return Lengths(text, fit("row_images", images) * capacity if images else 0)
+
+    def _schedule(self, room: Lengths, counts: np.ndarray) -> tuple[Schedule, np.ndarray | None]:
+        """What the decoder drops, and how many candidates it leaves: int32 `[L, B]`."""
+        method, depth = self.plan.decoder, depth_of(self.config)
+        if method is None or not room.visual:
+            return NO_CUTS, None
+        schedule = gather_schedule(method, depth, room, distinct=self.buckets.schedule_lengths)
+        visual = np.zeros(self.batch, int)
+        visual[: len(self.request.rows)] = [visual_length(r, counts) for r in self.request.rows]
+        return schedule, candidates_left(method, depth, self.layout.kind, visual)
 
     def advance(self, tokens: int) -> None:
         """Generate up to so many more tokens in every row that is not done."""
@@ -481,7 +527,7 @@ class _Run:
 
     def _visual_tokens(self) -> Selection:
         """Encode all images of the batch and prune them."""
-        config, method = self.config, self.method
+        config, method = self.config, self.plan.vision
         with self._timed("preprocess"):
             pixels = pixel_values(
                 self.processor, self.request.images, config.vision_config.image_size
@@ -550,8 +596,26 @@ class _Run:
             visual_tokens=[int(self.counts[i]) for i in row.images],
             unpruned_visual_tokens=[self.config.num_image_tokens] * len(row.images),
             kept_indices=kept,
+            kept_by_layer=self._kept_by_layer(b),
             seconds=dict(self.seconds),
         )
+
+    def _kept_by_layer(self, b: int) -> dict[int, list[np.ndarray]]:
+        """For each layer that drops tokens, the patches of each image that are left."""
+        found: dict[int, list[np.ndarray]] = {}
+        if self.indices is None:
+            return found
+        first = int(self.config.keep_cls)
+        for layer, (positions, valid) in zip(self.schedule.layers, self.survivors, strict=True):
+            # Before anything is dropped, a token's position is its slot.
+            slots = np.asarray(positions[b])[np.asarray(valid[b])]
+            visual = self.layout.visual_index[b, slots]
+            image, place = np.divmod(visual[visual >= 0], max(self.capacity, 1))
+            found[layer] = [
+                self.indices[i, place[(image == i) & (place >= first)]]
+                for i in self.request.rows[b].images
+            ]
+        return found
 
     def _timed(self, stage: str) -> "_Timer":
         return _Timer(self.seconds, stage)
@@ -583,11 +647,12 @@ def _seeds(seed: Any, rows: int) -> list[int]:
     raise UserError(f"seed is {seed!r}; expected a whole number, or a list with one a prompt.")
 
 
-def _resolve(method: Any, seed: Any, options: dict[str, Any]) -> VisionMethod | None:
+def _resolve(method: Any, config: Any, seed: Any, options: dict[str, Any]) -> Plan:
     """A named method that draws at random takes the request's seed."""
-    if method == RandomPlaces.name and isinstance(seed, int):
+    parts = method if isinstance(method, tuple | list) else [method]
+    if any(part == RandomPlaces.name for part in parts) and isinstance(seed, int):
         options = {"seed": seed, **options}
-    return resolve(method, **options)
+    return resolve(method, config, **options)
 
 
 def _unpack(

@@ -9,6 +9,7 @@ from PIL import Image
 
 from jaxprune.errors import UserError
 from jaxprune.images import load_image
+from jaxprune.ops.schedule import ANSWER, CONTEXT, LAST, QUESTION, VISUAL
 from jaxprune.processing import (
     IMAGE_PLACEHOLDER,
     Processor,
@@ -21,10 +22,12 @@ from jaxprune.processing import (
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One prompt: the token ids between its images, and which images those are."""
+    """One prompt: the token ids between its images, which images those are, and a
+    teacher-forced answer where one is to be scored."""
 
     pieces: list[list[int]]
     images: list[int]
+    answer: Sequence[int] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,17 +141,29 @@ class Layout:
         token_ids: int32 `[B, S]`.
         visual_index: int32 `[B, S]`: the slot's row in the batch's `[I * K]` visual
             tokens, -1 for text.
+        kind: int32 `[B, S]`, what a token is to a schedule: see `ops.schedule`.
         lengths: int32 `[B]`.
     """
 
     token_ids: np.ndarray
     visual_index: np.ndarray
+    kind: np.ndarray
     lengths: np.ndarray
 
 
 def row_lengths(rows: Sequence[Row], counts: np.ndarray) -> list[int]:
     """Prompt tokens of each row with `counts[i]` visual tokens for image i."""
-    return [sum(map(len, row.pieces)) + sum(int(counts[i]) for i in row.images) for row in rows]
+    return [text_length(row) + visual_length(row, counts) for row in rows]
+
+
+def text_length(row: Row) -> int:
+    """Text tokens of a row, its answer included."""
+    return sum(map(len, row.pieces)) + len(row.answer)
+
+
+def visual_length(row: Row, counts: np.ndarray) -> int:
+    """Visual tokens of a row with `counts[i]` of them for image i."""
+    return sum(int(counts[i]) for i in row.images)
 
 
 def lay_out(
@@ -165,15 +180,22 @@ def lay_out(
     """
     token_ids = np.zeros((batch, sequence), np.int32)
     visual_index = np.full((batch, sequence), -1, np.int32)
+    kind = np.full((batch, sequence), CONTEXT, np.int32)
     lengths = np.ones(batch, np.int32)
     for b, row in enumerate(rows):
         slot = 0
         for i, piece in enumerate(row.pieces):
             token_ids[b, slot : slot + len(piece)] = piece
+            if row.images and i == len(row.images):
+                kind[b, slot : slot + len(piece)] = QUESTION
             slot += len(piece)
             if i < len(row.images):
                 image, count = row.images[i], int(counts[row.images[i]])
                 visual_index[b, slot : slot + count] = image * capacity + np.arange(count)
+                kind[b, slot : slot + count] = VISUAL
                 slot += count
-        lengths[b] = slot
-    return Layout(token_ids, visual_index, lengths)
+        kind[b, slot - 1] = LAST
+        token_ids[b, slot : slot + len(row.answer)] = row.answer
+        kind[b, slot : slot + len(row.answer)] = ANSWER
+        lengths[b] = slot + len(row.answer)
+    return Layout(token_ids, visual_index, kind, lengths)

@@ -5,6 +5,8 @@ number of programs by the product of the lists, whatever users send; the excess 
 """
 
 import dataclasses
+import math
+from collections.abc import Sequence
 
 from jaxprune.errors import UserError
 
@@ -18,28 +20,41 @@ class Buckets:
     Attributes:
         batch: rows of a request.
         images: images of a request, all rows together.
+        row_images: images of one row.
         visual: visual tokens kept of one image by an adaptive method.
-        sequence: prompt tokens of a row, visual ones included.
+        text: text tokens of a row.
         new_tokens: tokens to be generated.
+        schedule_lengths: how many different lengths a decoder's layers may have under a
+            decoder-side method: each more saves padding and costs compile time. None takes
+            every length as it is.
     """
 
     batch: tuple[int, ...] = _POWERS
     images: tuple[int, ...] = _POWERS
+    row_images: tuple[int, ...] = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
     visual: tuple[int, ...] = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
-    sequence: tuple[int, ...] = (
-        32, 64, 96, 128, 160, 192, 256, 320, 384, 448, 512, 576, 640, 704, 768, 896, 1024, 1280,
-        1536, 1792, 2048, 2560, 3072, 3584, 4096, 6144, 8192, 16384, 32768,
+    text: tuple[int, ...] = (
+        16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192,
+        16384, 32768,
     )  # fmt: skip
     new_tokens: tuple[int, ...] = (16, 64, 128, 256, 512, 1024, 2048, 4096)
+    schedule_lengths: int | None = 8
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
+            if field.name == "schedule_lengths":
+                continue
             sizes = getattr(self, field.name)
             if not sizes or list(sizes) != sorted(set(sizes)) or sizes[0] < 1:
                 raise UserError(
                     f"The buckets for {field.name} are {sizes!r}; expected ascending positive "
                     "whole numbers."
                 )
+        distinct = self.schedule_lengths
+        if distinct is not None and (not isinstance(distinct, int) or distinct < 1):
+            raise UserError(
+                f"schedule_lengths is {distinct!r}; expected a whole number, 1 or more, or None."
+            )
 
     def fit(self, dimension: str, size: int) -> int:
         """The smallest bucket of `dimension` that holds `size`.
@@ -56,6 +71,35 @@ class Buckets:
             f"buckets=Buckets({dimension}=(..., {size})) to allow it, at the price of one more "
             "compilation."
         )
+
+
+def few_lengths(lengths: Sequence[int], distinct: int | None) -> tuple[int, ...]:
+    """Falling lengths rounded up to at most `distinct` different ones, at the least total.
+
+    Args:
+        lengths: what each layer needs, not increasing.
+        distinct: how many different ones may be left; None changes nothing.
+    """
+    if distinct is None or len(set(lengths)) <= distinct:
+        return tuple(lengths)
+    # Groups of neighbouring layers take their first one's length. best[g][l]: the least
+    # total of the layers from l on in g groups, and where the first of these ends.
+    L = len(lengths)
+    best = [[(math.inf, L)] * L + [(0.0, L)]]
+    for _ in range(distinct):
+        best.append(
+            [
+                min((lengths[l] * (e - l) + best[-1][e][0], e) for e in range(l + 1, L + 1))
+                for l in range(L)
+            ]
+            + [(0.0, L)]
+        )
+    rounded: list[int] = []
+    for groups in range(distinct, 0, -1):
+        if len(rounded) < L:
+            end = best[groups][len(rounded)][1]
+            rounded += [lengths[len(rounded)]] * (end - len(rounded))
+    return tuple(rounded)
 
 
 DEFAULT_BUCKETS = Buckets()

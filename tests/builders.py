@@ -1,6 +1,7 @@
 """Tiny random models for tests."""
 
 import dataclasses
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,8 @@ from jaxprune import checkpoints_convert
 from jaxprune.models import llava
 from jaxprune.models.clip import ClipVisionConfig
 from jaxprune.models.llama import LlamaConfig
+
+engine = importlib.import_module("jaxprune.generate")
 
 
 def tiny_config(*, vision=None, text=None, **fields):
@@ -79,10 +82,28 @@ def forward_logits(params, config, pixels, token_ids, images_at):
         images_at, jnp.cumsum(images_at.reshape(-1)).reshape(images_at.shape) - 1, -1
     )
     lengths = jnp.full(token_ids.shape[0], token_ids.shape[1])
-    tokens = llava.embed(params, config, token_ids, visual_index, lengths, vision.features)
-    hidden, _ = llava.prefill(params, config, tokens, new_slots=0)
-    rows = [
-        llava.last_logits(params, config, hidden, jnp.full(token_ids.shape[0], s + 1))
-        for s in range(token_ids.shape[1])
-    ]
-    return jnp.stack(rows, axis=1)
+    kind = jnp.zeros(token_ids.shape, jnp.int32)
+    tokens = llava.embed(params, config, token_ids, visual_index, kind, lengths, vision.features)
+    return llava.logits(params, config, llava.prefill(params, config, tokens, new_slots=0).tokens.x)
+
+
+def start(model, image, prompt, *, method="none", buckets=None, chat=True, **fields):
+    """A request after its prefill."""
+    limit, temperature = fields.pop("max_new_tokens", 8), fields.pop("temperature", 0.0)
+    run = engine._Run(
+        model,
+        image,
+        prompt,
+        method=method,
+        method_options=fields,
+        max_new_tokens=limit,
+        sampling_options={"temperature": temperature, "top_k": None, "top_p": None},
+        seed=0,
+        stop=(),
+        chat=chat,
+        config=None,
+        processor=None,
+        buckets=buckets or jaxprune.Buckets(),
+    )
+    run.start()
+    return run

@@ -8,6 +8,7 @@ from PIL import Image
 
 import jaxprune
 from tests import builders
+from tests.builders import start
 
 engine = importlib.import_module("jaxprune.generate")
 
@@ -19,6 +20,15 @@ METHODS = {
     "prumerge_plus fixed": {"method": "prumerge_plus", "keep": 6},
     "random": {"keep": 5},
     "uniform": {"keep": 5},
+    "iti": {},
+    "fitprune": {"deletions": (3, 5, 2), "num_tokens": 16},
+    "gsearch": {"keep_rates": (1.0, 0.6, 0.2)},
+    "psigmoid": {"keep_rate": 0.6, "k": 0.8, "first_pruned_layer": 1},
+    "fastv": {"layer": 1},
+    "pyramiddrop": {"stages": 3},
+    "vtw": {},
+    "pair": {"method": ("prumerge_plus", "fastv"), "keep": 9, "keep_rate": 0.3},
+    "adaptive pair": {"method": ("prumerge", "gsearch"), "keep_rates": (1.0, 0.5, 0.5)},
 }
 
 
@@ -35,26 +45,6 @@ def picture(seed, size=(40, 50)):
 def five():
     prompts = ["What?", "Where is the red circle, and why?", "a b c", "Is there a star?", "Hm"]
     return [picture(i) for i in range(5)], prompts
-
-
-def start(model, image, prompt, *, method="none", max_new_tokens=8, temperature=0.0, **fields):
-    """A request after its prefill."""
-    run = engine._Run(
-        model,
-        image,
-        prompt,
-        method=engine.resolve(method, **{k: v for k, v in fields.items() if k == "keep"}),
-        max_new_tokens=max_new_tokens,
-        sampling_options={"temperature": temperature, "top_k": None, "top_p": None},
-        seed=0,
-        stop=(),
-        chat=True,
-        config=None,
-        processor=None,
-        buckets=jaxprune.Buckets(),
-    )
-    run.start()
-    return run
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -93,7 +83,7 @@ def test_decoding_continues_what_prefill_would_give(name, tiny_model):
     row = run.request.rows[0]
     for n in range(1, 6):
         longer = start(tiny_model, picture(2), "What is it?", **options)
-        longer.request.rows[0] = type(row)([*row.pieces[:-1], row.pieces[-1] + ids[:n]], row.images)
+        longer.request.rows[0] = type(row)(row.pieces, row.images, answer=ids[:n])
         longer.start()
         assert int(np.argmax(longer.first_logits[0])) == ids[n]
 
@@ -309,7 +299,7 @@ def test_the_same_shapes_compile_once(tmp_path, compilations):
             picture(seed, (30 + seed, 41)),
             prompt,
             max_new_tokens=12,
-            buckets=jaxprune.Buckets(sequence=(64,)),
+            buckets=jaxprune.Buckets(text=(32,)),
             **options,
         )
 

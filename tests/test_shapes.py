@@ -13,4 +13,4 @@ def test_the_smallest_bucket_that_fits():
 @pytest.mark.parametrize("sizes", [(), (4, 2), (0, 1), (2, 2)])
 def test_lists_are_checked(sizes):
     with pytest.raises(jaxprune.UserError, match="ascending"):
-        jaxprune.Buckets(sequence=sizes)
+        jaxprune.Buckets(text=sizes)

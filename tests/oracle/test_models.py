@@ -87,11 +87,13 @@ def continue_greedily(params, config, pixels, row, new):
         config,
         jnp.asarray(layout.token_ids),
         jnp.asarray(layout.visual_index),
+        jnp.asarray(layout.kind),
         jnp.asarray(layout.lengths),
         vision.features,
     )
-    hidden, caches = llava.prefill(params, config, tokens, new_slots=new)
-    logits = llava.last_logits(params, config, hidden, jnp.asarray(layout.lengths))
+    prefilled = llava.prefill(params, config, tokens, new_slots=new)
+    logits = llava.logits(params, config, prefilled.tokens.x[:, length - 1])
+    caches = prefilled.caches
     ids, steps = [], []
     for step in range(new):
         steps.append(np.asarray(logits[0]))
@@ -115,8 +117,27 @@ DYNAMIC = {
 
 @pytest.mark.parametrize(
     "options",
-    [{}, *({"text": t} for t in ({"num_key_value_heads": 2}, DYNAMIC)), VARIANTS["llama3 RoPE"]],
-    ids=["multi-head", "grouped-query", "dynamic RoPE", "llama3 RoPE"],
+    [
+        {},
+        {"text": {"num_key_value_heads": 2}},
+        {"text": {"tie_word_embeddings": True}},
+        {"text": DYNAMIC},
+        VARIANTS["llama3 RoPE"],
+        {"vision": {"image_size": 336, "patch_size": 14}},
+        {
+            "vision": {"image_size": 336, "patch_size": 14},
+            "text": {"num_key_value_heads": 1, "tie_word_embeddings": True},
+        },
+    ],
+    ids=[
+        "multi-head",
+        "grouped-query",
+        "tied",
+        "dynamic RoPE",
+        "llama3 RoPE",
+        "576 tokens",
+        "576 tokens, multi-query, tied",
+    ],
 )
 def test_prefill_and_decode_continue_as_transformers_does(options, rng, tmp_path):
     model = builders.torch_llava(**options)

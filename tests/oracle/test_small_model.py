@@ -1,7 +1,5 @@
 """The shipped model: `transformers` loads it and answers exactly as jaxprune does."""
 
-import importlib
-
 import chex
 import numpy as np
 import pytest
@@ -10,8 +8,7 @@ torch = pytest.importorskip("torch")
 import transformers  # noqa: E402
 
 import jaxprune  # noqa: E402
-
-engine = importlib.import_module("jaxprune.generate")
+from tests.builders import start  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -37,21 +34,7 @@ def test_twenty_scenes(reference, small_model, held_out):
             ids = model.generate(**inputs, max_new_tokens=20, do_sample=False)
         new = ids[0, inputs.input_ids.shape[1] :].tolist()
 
-        run = engine._Run(
-            small_model,
-            image,
-            question.question,
-            method=None,
-            max_new_tokens=20,
-            sampling_options={"temperature": 0.0, "top_k": None, "top_p": None},
-            seed=0,
-            stop=(),
-            chat=True,
-            config=None,
-            processor=None,
-            buckets=jaxprune.Buckets(),
-        )
-        run.start()
+        run = start(small_model, image, question.question, max_new_tokens=20)
         assert run.answers()[0].prompt_tokens == inputs.input_ids.shape[1]
         chex.assert_trees_all_close(np.asarray(run.first_logits[0]), logits, atol=1e-4)
 

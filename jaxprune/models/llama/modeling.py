@@ -5,6 +5,8 @@ Pre-RMSNorm, rotary positions, SwiGLU, grouped-query attention. Two ways through
 token a row. Layers are a plain list, so that every layer can own a cache of its own length.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import flax.struct
 import jax
@@ -13,7 +15,8 @@ import jax.numpy as jnp
 from jaxprune.models.activations import ACTIVATIONS
 from jaxprune.models.llama.config import LlamaConfig
 from jaxprune.ops import rope
-from jaxprune.ops.attention import attention, causal_mask
+from jaxprune.ops.attention import Watch, attention, causal_mask, watched_attention
+from jaxprune.ops.schedule import AFTER_ATTENTION, BETWEEN_LAYERS, NO_CUTS, Schedule
 
 
 class Tokens(flax.struct.PyTreeNode):
@@ -23,11 +26,13 @@ class Tokens(flax.struct.PyTreeNode):
         x: `[B, S, D]` hidden states.
         positions: int32 `[B, S]`, carried along, never implied by the slot.
         valid: bool `[B, S]`; a slot that is not valid is padding.
+        kind: int32 `[B, S]`, what a token is to a schedule: see `ops.schedule`.
     """
 
     x: jax.Array
     positions: jax.Array
     valid: jax.Array
+    kind: jax.Array
 
 
 class LayerCache(flax.struct.PyTreeNode):
@@ -44,6 +49,21 @@ class LayerCache(flax.struct.PyTreeNode):
     v: jax.Array
     valid: jax.Array
     length: jax.Array
+
+
+class Prefilled(flax.struct.PyTreeNode):
+    """A prompt behind the last layer.
+
+    Attributes:
+        tokens: what is left of it; `x` is `[B, S', D]`, before the last norm.
+        caches: one a layer, of what entered its attention.
+        records: for each layer that drops tokens, what `schedule.record` noted behind it:
+            positions int32 `[B, S_l]` and valid bool `[B, S_l]` of what it left.
+    """
+
+    tokens: Tokens
+    caches: tuple[LayerCache, ...]
+    records: tuple[Any, ...]
 
 
 def rope_frequencies(config: LlamaConfig, length: jax.Array) -> jax.Array:
@@ -97,9 +117,11 @@ class LlamaAttention(nn.Module):
         k = rope.rotate(heads(self.k_proj(x)), positions, inv_freq)
         return q, k, heads(self.v_proj(x))
 
-    def output(self, heads: jax.Array) -> jax.Array:
-        B, _, T, _ = heads.shape
-        return self.o_proj(heads.swapaxes(1, 2).reshape(B, T, -1))
+
+def join_heads(heads: jax.Array) -> jax.Array:
+    """`[B, H, T, d]` -> `[B, T, H * d]`."""
+    B, _, T, _ = heads.shape
+    return heads.swapaxes(1, 2).reshape(B, T, -1)
 
 
 class LlamaMLP(nn.Module):
@@ -134,11 +156,21 @@ class LlamaLayer(nn.Module):
         self.mlp = LlamaMLP(self.config)
 
     def attend(
-        self, x: jax.Array, positions: jax.Array, inv_freq: jax.Array, mask: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        """Attention among `[B, S, D]`, residual added; with the q, k and v that it used."""
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        inv_freq: jax.Array,
+        mask: jax.Array,
+        watch: Watch | None = None,
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+        """Attention among `[B, S, D]`: heads `[B, S, H * d]`, k, v, and what `watch` asks for."""
         q, k, v = self.self_attn.qkv(self.input_layernorm(x), positions, inv_freq)
-        return x + self.self_attn.output(attention(q, k, v, mask)), q, k, v
+        received = None
+        if watch is None:
+            heads = attention(q, k, v, mask)
+        else:
+            heads, received = watched_attention(q, k, v, mask, watch)
+        return join_heads(heads), k, v, received
 
     def attend_cached(
         self,
@@ -148,7 +180,7 @@ class LlamaLayer(nn.Module):
         cache: LayerCache,
         step: jax.Array,
     ) -> tuple[jax.Array, LayerCache]:
-        """One new token a row, `[B, 1, D]`, against the cache, which takes it in."""
+        """One new token a row, `[B, 1, D]`, against the cache, which takes it in: its heads."""
         q, k, v = self.self_attn.qkv(self.input_layernorm(x), positions, inv_freq)
         slot = cache.length + step
         seen = jnp.ones((x.shape[0], 1), bool)
@@ -159,9 +191,11 @@ class LlamaLayer(nn.Module):
             valid=update(cache.valid, seen, slot, axis=1),
         )
         out = attention(q, cache.k, cache.v, cache.valid[:, None, :])
-        return x + self.self_attn.output(out), cache
+        return join_heads(out), cache
 
-    def feed_forward(self, x: jax.Array) -> jax.Array:
+    def feed_forward(self, x: jax.Array, heads: jax.Array) -> jax.Array:
+        """The rest of the layer: output projection and MLP, each with its residual."""
+        x = x + self.self_attn.o_proj(heads)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -184,8 +218,9 @@ class LlamaDecoder(nn.Module):
         """Text alone: int32 `[B, S]` -> float32 logits `[B, S, vocabulary]`."""
         positions = jnp.broadcast_to(jnp.arange(token_ids.shape[1]), token_ids.shape)
         valid = jnp.ones(token_ids.shape, bool)
-        x, _ = self.prefill(Tokens(self.embed(token_ids), positions, valid), new_slots=0)
-        return self.logits(x)
+        kind = jnp.zeros(token_ids.shape, jnp.int32)
+        tokens = Tokens(self.embed(token_ids), positions, valid, kind)
+        return self.logits(self.prefill(tokens, new_slots=0).tokens.x)
 
     def embed(self, token_ids: jax.Array) -> jax.Array:
         """int32 `[B, S]` -> `[B, S, D]`."""
@@ -198,27 +233,40 @@ class LlamaDecoder(nn.Module):
         return head(x).astype(jnp.float32)
 
     def prefill(
-        self, tokens: Tokens, *, new_slots: int, mask: jax.Array | None = None
-    ) -> tuple[jax.Array, tuple[LayerCache, ...]]:
-        """A whole prompt through all layers.
+        self,
+        tokens: Tokens,
+        *,
+        new_slots: int,
+        mask: jax.Array | None = None,
+        schedule: Schedule = NO_CUTS,
+        counts: Any = None,
+    ) -> Prefilled:
+        """A whole prompt through all layers, dropping tokens as a schedule says.
 
         Args:
             tokens: the embedded prompt.
             new_slots: room in the caches for tokens to be generated.
-            mask: bool `[B or 1, S, S]` instead of the causal one, for packed training rows.
-
-        Returns:
-            Hidden states `[B, S, D]` before the last norm, and a cache per layer.
+            mask: bool `[B or 1, S, S]` instead of the causal one, for packed training rows
+                without a schedule.
+            schedule: where and how tokens are dropped.
+            counts: int32 `[L, B]`, candidates left behind each layer; for a schedule.
         """
         length = jnp.max(jnp.where(tokens.valid, tokens.positions, -1), axis=-1) + 1
         inv_freq = rope_frequencies(self.config, length)
         mask = causal_mask(tokens.valid) if mask is None else mask
-        caches = []
-        for layer in self.layers:
-            x, _, k, v = layer.attend(tokens.x, tokens.positions, inv_freq, mask)
+        caches, records = [], []
+        for l, layer in enumerate(self.layers):
+            watch = schedule.watch(l, tokens)
+            heads, k, v, received = layer.attend(tokens.x, tokens.positions, inv_freq, mask, watch)
             caches.append(_new_cache(k, v, tokens.valid, new_slots))
-            tokens = tokens.replace(x=layer.feed_forward(x))
-        return tokens.x, tuple(caches)
+            # The heads go along, so that the output projection is spared the dropped tokens.
+            tokens, heads = schedule.apply(AFTER_ATTENTION, l, (tokens, heads), received, counts)
+            tokens = tokens.replace(x=layer.feed_forward(tokens.x, heads))
+            (tokens,) = schedule.apply(BETWEEN_LAYERS, l, (tokens,), received, counts)
+            if l in schedule.layers:
+                mask = causal_mask(tokens.valid)
+                records.append(schedule.record(tokens, received))
+        return Prefilled(tokens, tuple(caches), tuple(records))
 
     def decode(
         self,
@@ -242,9 +290,9 @@ class LlamaDecoder(nn.Module):
         inv_freq = rope_frequencies(self.config, positions + 1)
         updated = []
         for layer, cache in zip(self.layers, caches, strict=True):
-            x, cache = layer.attend_cached(x, positions[:, None], inv_freq, cache, step)
+            heads, cache = layer.attend_cached(x, positions[:, None], inv_freq, cache, step)
             updated.append(cache)
-            x = layer.feed_forward(x)
+            x = layer.feed_forward(x, heads)
         return self.logits(x[:, 0]), tuple(updated)
 
 

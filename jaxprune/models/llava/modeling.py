@@ -15,8 +15,9 @@ import jax.numpy as jnp
 
 from jaxprune.models.activations import ACTIVATIONS
 from jaxprune.models.clip.modeling import ClipVisionTower
-from jaxprune.models.llama.modeling import LayerCache, LlamaDecoder, Tokens
+from jaxprune.models.llama.modeling import LayerCache, LlamaDecoder, Prefilled, Tokens
 from jaxprune.models.llava.config import LlavaConfig
+from jaxprune.ops.schedule import NO_CUTS, Schedule
 from jaxprune.ops.visual import VisionOutput
 
 Params = dict[str, Any]
@@ -72,6 +73,7 @@ def embed(
     config: LlavaConfig,
     token_ids: jax.Array,
     visual_index: jax.Array,
+    kind: jax.Array,
     lengths: jax.Array,
     visual_tokens: jax.Array | None,
 ) -> Tokens:
@@ -81,6 +83,7 @@ def embed(
         token_ids: int32 `[B, S]`; what stands at a visual slot does not matter.
         visual_index: int32 `[B, S]`: which of the batch's `I * K` visual tokens a slot
             takes, or -1 for a text token.
+        kind: int32 `[B, S]`, what a slot's token is to a schedule: see `ops.schedule`.
         lengths: int32 `[B]`: slots in use, from the left.
         visual_tokens: `[I, K, C]`, or None for a batch of text alone.
 
@@ -95,22 +98,29 @@ def embed(
         x = jnp.where((visual_index >= 0)[..., None], rows, x)
     slots = jnp.arange(token_ids.shape[1], dtype=jnp.int32)[None]
     valid = slots < lengths[:, None]
-    return Tokens(x=x, positions=jnp.broadcast_to(slots, valid.shape), valid=valid)
+    positions = jnp.broadcast_to(slots, valid.shape)
+    return Tokens(x=x, positions=positions, valid=valid, kind=kind)
 
 
 def prefill(
-    params: Params, config: LlavaConfig, tokens: Tokens, *, new_slots: int
-) -> tuple[jax.Array, tuple[LayerCache, ...]]:
-    """The prompt through all layers: hidden states `[B, S, D]` and a cache per layer."""
-    return _decoder(params, config, tokens, new_slots=new_slots, method="prefill")
+    params: Params,
+    config: LlavaConfig,
+    tokens: Tokens,
+    *,
+    new_slots: int,
+    schedule: Schedule = NO_CUTS,
+    counts: Any = None,
+) -> Prefilled:
+    """The prompt through all layers; see `LlamaDecoder.prefill`."""
+    options = {"new_slots": new_slots, "schedule": schedule, "counts": counts}
+    prefilled: Any = _decoder(params, config, tokens, method="prefill", **options)
+    return prefilled
 
 
-def last_logits(
-    params: Params, config: LlavaConfig, hidden_states: jax.Array, lengths: jax.Array
-) -> jax.Array:
-    """float32 logits `[B, vocabulary]` behind each row's last token."""
-    last = jnp.take_along_axis(hidden_states, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    return _decoder(params, config, last, method="logits")
+def logits(params: Params, config: LlavaConfig, hidden_states: jax.Array) -> jax.Array:
+    """Hidden states `[..., D]` of the last layer -> float32 logits `[..., vocabulary]`."""
+    found: jax.Array = _decoder(params, config, hidden_states, method="logits")
+    return found
 
 
 def decode(

@@ -1,0 +1,99 @@
+"""FitPrune: prune where the attention's distribution changes least (arXiv 2409.10197).
+
+Run time, in a layer l that deletes t_l > 0 tokens, with A = max over heads of its attention:
+
+    self score     u_j = (1/n) sum of A[i, j] over the n visual tokens i
+    cross score    c_j = sum of A[t, j] over the text t behind the image
+    delete         the t_l visual tokens with the smallest u_j c_j, after the attention and
+                   before its output projection and the MLP
+
+The layer's attention saw the deleted tokens and its key/value cache keeps them; its MLP and
+all later layers do not have them. Survivors keep their positions.
+
+The deletions t_0 ... t_{L-1} come from a recipe: a published one, by the share of the visual
+tokens' FLOPs that it saves, or one made by `jaxprune calibrate`.
+
+    scaling     A recipe is made for N0 visual tokens. For another number N "kept" scales what
+                is left behind each layer, round(N kept_l(N0) / N0); "authors" deletes
+                t_l N // N0, as the published code does.
+
+The published code runs batches of one and finds the image at a fixed position; here every
+row deletes its own tokens, wherever its images stand.
+"""
+
+import dataclasses
+from typing import ClassVar
+
+import numpy as np
+
+from jaxprune import recipes
+from jaxprune.errors import UserError
+from jaxprune.methods.base import DecoderMethod, Depth, check_share
+from jaxprune.ops.schedule import AFTER_ATTENTION, Score
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FitPrune(DecoderMethod):
+    """Delete tokens that neither the image nor the text attends to.
+
+    Args:
+        save: the share of the visual tokens' FLOPs to save: one of the published recipes
+            for the model's family, 0.1, 0.2, ... 0.9 and 0.55 for LLaVA-1.5.
+        deletions: instead of `save`, visual tokens deleted in each layer, `[L]`.
+        num_tokens: the number of visual tokens that `deletions` are made for.
+        scaling: "kept" or "authors".
+    """
+
+    save: float | None = None
+    deletions: tuple[int, ...] | None = None
+    num_tokens: int | None = None
+    scaling: str = "kept"
+
+    name: ClassVar[str] = "fitprune"
+    paper: ClassVar[str] = "FitPrune, arXiv 2409.10197"
+    summary: ClassVar[str] = "delete what neither image nor text attends to, by a fitted recipe"
+    cut: ClassVar[str] = AFTER_ATTENTION
+
+    def __post_init__(self) -> None:
+        if (self.save is None) == (self.deletions is None):
+            raise UserError(
+                "fitprune needs either save, e.g. save=0.6, or deletions with num_tokens."
+            )
+        if self.save is not None:
+            check_share("save", self.save, one=False)
+        if self.scaling not in ("kept", "authors"):
+            raise UserError(f"scaling is {self.scaling!r}; expected 'kept' or 'authors'.")
+        if self.deletions is None:
+            return
+        object.__setattr__(self, "deletions", tuple(self.deletions))
+        whole = all(type(t) is int and t >= 0 for t in self.deletions)
+        if not whole or type(self.num_tokens) is not int or self.num_tokens < sum(self.deletions):
+            raise UserError(
+                f"deletions are {list(self.deletions)} with num_tokens={self.num_tokens!r}; "
+                "expected whole numbers, together at most num_tokens."
+            )
+
+    @property
+    def score(self) -> Score:
+        return Score(queries=("visual", "text"), heads="max")
+
+    def removed(self, num_tokens: int, depth: Depth) -> np.ndarray:
+        deletions, made_for = self.recipe(depth)
+        if self.scaling == "authors":
+            return np.cumsum(deletions * num_tokens // made_for)
+        kept = made_for - np.cumsum(deletions)
+        return num_tokens - np.floor(num_tokens * kept / made_for + 0.5).astype(np.int64)
+
+    def recipe(self, depth: Depth) -> tuple[np.ndarray, int]:
+        """Deletions per layer and the number of visual tokens that they are for."""
+        deletions, made_for = self.deletions, self.num_tokens
+        if deletions is None:
+            found = recipes.published("fitprune", depth.family, depth.num_hidden_layers, self.save)
+            deletions, made_for = found.options["deletions"], found.options["num_tokens"]
+        if len(deletions) != depth.num_hidden_layers:
+            raise UserError(
+                f"The FitPrune recipe is for {len(deletions)} layers, but the decoder has "
+                f"{depth.num_hidden_layers}; make one with `jaxprune calibrate`."
+            )
+        assert made_for is not None
+        return np.array(deletions, np.int64), made_for

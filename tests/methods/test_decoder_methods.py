@@ -1,0 +1,142 @@
+"""Every decoder-side method against the plain decoder: survivors, caches, logits, answers."""
+
+import chex
+import numpy as np
+import pytest
+
+import jaxprune
+from jaxprune.models import llava
+from jaxprune.ops.schedule import LAST, QUESTION, VISUAL
+from tests.builders import start, tiny_config, write_directory
+from tests.methods import plain_decoder as plain
+from tests.test_generate import picture
+
+N, L = 16, 4
+RATES = (1.0, 0.8, 0.45, 0.1)
+CASES = {
+    "fitprune": (
+        jaxprune.FitPrune(deletions=(3, 0, 5, 2), num_tokens=N), plain.fitprune((3, 0, 5, 2)),
+    ),
+    "fitprune, scaled": (
+        jaxprune.FitPrune(deletions=(6, 0, 10, 4), num_tokens=32), plain.fitprune((3, 0, 5, 2)),
+    ),
+    "gsearch": (jaxprune.GSearch(keep_rates=RATES), plain.keep_rates(RATES, N, "text")),
+    "gsearch, last": (
+        jaxprune.GSearch(keep_rates=RATES, queries="last"), plain.keep_rates(RATES, N, "last"),
+    ),
+    "fastv": (jaxprune.FastV(keep_rate=0.3), plain.keep_rates((1, 1, 0.3, 0.3), N, "last")),
+    "pyramiddrop": (jaxprune.PyramidDrop(), plain.keep_rates((1, 0.5, 0.25, 0.125), N, "last")),
+    "vtw": (jaxprune.VTW(), plain.keep_rates((1, 1, 0, 0), N, "last")),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=[4, 2], ids=["multi-head", "grouped-query"])
+def model(request, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("model") / "m"
+    text = {"num_hidden_layers": L, "num_key_value_heads": request.param}
+    write_directory(directory, tiny_config(text=text), seed=3)
+    return jaxprune.load(directory)
+
+
+def compare(model, method, delete, new=20):
+    run = start(model, picture(4), "Where is it, please?", method=method, max_new_tokens=new)
+    length = int(run.layout.lengths[0])
+    kind = run.layout.kind[0, :length]
+    selection = run._visual_tokens()
+    tokens = llava.embed(
+        model.arrays, model.config, *(
+            np.asarray(x) for x in (
+                run.layout.token_ids, run.layout.visual_index, run.layout.kind, run.layout.lengths,
+            )
+        ), selection.tokens,
+    )  # fmt: skip
+    decoder = plain.PlainDecoder(model["language_model"], model.config.text_config)
+    ids, logits, survivors, lengths = decoder.generate(
+        np.asarray(tokens.x[0, :length]),
+        np.arange(length),
+        kind == VISUAL,
+        (kind == QUESTION) | (kind == LAST),
+        delete,
+        new,
+    )
+    chex.assert_trees_all_close(np.asarray(run.first_logits[0]), logits[0], atol=1e-4)
+    for layer, (positions, valid) in zip(run.schedule.layers, run.survivors, strict=True):
+        found = np.asarray(positions[0])[np.asarray(valid[0])]
+        assert found.tolist() == survivors[layer].tolist()
+    valid = [int(np.asarray(cache.valid[0]).sum()) for cache in run.state.caches]
+    assert valid == lengths
+    run.advance(new)
+    until = run.lengths[0] + run.done[0]  # the plain decoder does not stop at the end token
+    assert run.tokens[0, :until].tolist() == ids[:until]
+    return run
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_the_plain_decoder(model, name):
+    run = compare(model, *CASES[name])
+    assert run.survivors
+
+
+@pytest.mark.parametrize("rows", ["text", "all"])
+@pytest.mark.parametrize("prune_text", [True, False])
+def test_interaction_equals_the_plain_decoder(model, rows, prune_text):
+    method = jaxprune.Iti(c=30.0, stage2=0.5, layer=2, rows=rows, prune_text=prune_text)
+    stage1 = start(model, picture(4), "Where is it, please?", method=method.vision)
+    gone = int(np.floor(0.5 * stage1.answers()[0].visual_tokens[0] + 0.5))
+    assert gone > 0
+    compare(model, method, plain.interaction(2, gone, rows, prune_text))
+
+
+def test_sigmoid_points_and_rates():
+    """The published operating points reproduce their alpha; rates meet the keep rate."""
+    from jaxprune.methods.base import Depth
+    from jaxprune.methods.gsearch import solve_alpha
+    from jaxprune.recipes import published_recipes
+
+    points = published_recipes("psigmoid")
+    assert len(points) == 5
+    for recipe in points:
+        rate, k = recipe.options["keep_rate"], recipe.options["k"]
+        alpha = solve_alpha(rate, k, first_pruned_layer=2, num_hidden_layers=32)
+        assert abs(alpha + 1 - recipe.reached["alpha_counted_from_1"]) < 0.1
+        method = jaxprune.PSigmoid(keep_rate=rate)
+        rates = method.rates(Depth("llava", 32))
+        assert abs(np.mean(rates) - rate) < 1e-6
+        kept = 576 - method.removed(576, Depth("llava", 32))
+        assert abs(kept[:-1] / 576 - rates[1:]).max() <= 0.5 / 576
+
+
+def reference_tail_start(s, c):
+    d = np.sort(s.astype(np.float64))[::-1]
+    N = len(d)
+    best, place = -np.inf, N
+    for i in range(1, N):
+        if d[i - 1] < d[0]:
+            f = np.log(N - i) + c * np.log(np.float32(d[0]) - np.float32(d[i - 1]))
+            if f > best:
+                best, place = f, i
+    return place
+
+
+@pytest.mark.parametrize("c", [0.01, 0.5, 4.0, 1e5])
+def test_where_the_tail_begins(rng, c):
+    from jaxprune.methods.iti import tail_start
+
+    curves = [rng.random(50) ** p for p in (1, 4, 20)]
+    curves += [np.full(50, 0.02), np.r_[np.full(49, 0.01), 0.5]]
+    found = np.asarray(tail_start(np.array(curves, np.float32), c))
+    assert found.tolist() == [reference_tail_start(np.float32(s), c) for s in curves]
+
+
+def test_published_fitprune_recipes_scale():
+    """At 144 tokens the 60 recipe keeps what round(144 kept / 576) says, and no less than 0."""
+    from jaxprune.methods.base import Depth
+
+    method = jaxprune.FitPrune(save=0.6)
+    deletions, made_for = method.recipe(Depth("llava", 32))
+    kept = made_for - np.cumsum(deletions)
+    assert (576 - method.removed(576, Depth("llava", 32)) == kept).all()
+    scaled = 144 - method.removed(144, Depth("llava", 32))
+    assert (scaled == np.floor(144 * kept / 576 + 0.5)).all()
+    authors = jaxprune.FitPrune(save=0.6, scaling="authors").removed(144, Depth("llava", 32))
+    assert (authors == np.cumsum([t * 144 // 576 for t in deletions])).all()
