@@ -1,0 +1,199 @@
+"""What a prompt costs in the decoder: tokens, multiply-adds and cache bytes, layer by layer.
+
+The formula is FitPrune's (arXiv 2409.10197), with grouped-query attention counted as it is.
+For n tokens into a layer and n' left behind its attention, width D, H heads and K key/value
+heads of width d, MLP width m, in multiply-adds (a FLOP count is twice that):
+
+    n D (H + 2 K) d     query, key and value projections
+    2 n^2 H d           both attention products, the whole square
+    n' H d D            output projection
+    3 n' D m            MLP
+
+For LLaVA-1.5-7B without pruning this is the 4 n D^2 + 2 n^2 D + 3 n D m of the paper, which
+counts the visual tokens alone; both that and the count of all tokens are given here. Three
+published conventions give 3.1, 3.8 and 4.6 "TFLOPs" for one and the same unpruned model, so
+never compare a bare number.
+"""
+
+import dataclasses
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from jaxprune.errors import UserError
+from jaxprune.methods import Plan, depth_of
+from jaxprune.ops.schedule import AFTER_ATTENTION
+
+FORMULA = (
+    "multiply-adds of the decoder's layers: nD(H+2K)d + 2n^2Hd + n'HdD + 3n'Dm "
+    "(FitPrune's formula, arXiv 2409.10197); 1 multiply-add = 2 FLOPs"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerCost:
+    """One decoder layer.
+
+    Attributes:
+        text_tokens: text tokens in and out.
+        visual_in, visual_out: visual tokens that enter it and that it leaves.
+        macs: multiply-adds of all tokens.
+        visual_macs: the same formula for the visual tokens alone, as FitPrune counts.
+        cache_bytes: keys and values of the prompt's tokens.
+    """
+
+    layer: int
+    text_tokens: int
+    visual_in: int
+    visual_out: int
+    macs: int
+    visual_macs: int
+    cache_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """A prompt's cost, and what it would be without pruning.
+
+    Attributes:
+        layers: one a decoder layer.
+        unpruned: the same prompt without pruning.
+        visual_tokens: visual tokens that enter the decoder.
+        score_macs: multiply-adds spent on ranking, not part of the layers' count.
+        lm_head_macs: multiply-adds of one token's logits, not part of the layers' count.
+    """
+
+    layers: tuple[LayerCost, ...]
+    unpruned: "Cost | None"
+    visual_tokens: int
+    score_macs: int
+    lm_head_macs: int
+
+    @property
+    def macs(self) -> int:
+        return sum(layer.macs for layer in self.layers)
+
+    @property
+    def visual_macs(self) -> int:
+        return sum(layer.visual_macs for layer in self.layers)
+
+    @property
+    def cache_bytes(self) -> int:
+        return sum(layer.cache_bytes for layer in self.layers)
+
+    @property
+    def saved(self) -> dict[str, float]:
+        """Shares saved against no pruning: "visual_macs", "macs", "cache_bytes"."""
+        if self.unpruned is None:
+            return {}
+        names = ("visual_macs", "macs", "cache_bytes")
+        return {n: 1 - getattr(self, n) / max(getattr(self.unpruned, n), 1) for n in names}
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "formula": FORMULA,
+            "visual_tokens": self.visual_tokens,
+            "macs": self.macs,
+            "visual_macs": self.visual_macs,
+            "cache_bytes": self.cache_bytes,
+            "score_macs": self.score_macs,
+            "lm_head_macs": self.lm_head_macs,
+            "saved": {name: round(share, 6) for name, share in self.saved.items()},
+            "layers": [dataclasses.asdict(layer) for layer in self.layers],
+        }
+
+
+def layer_macs(text_config: Any, tokens_in: int, tokens_out: int) -> int:
+    """Multiply-adds of one layer; `tokens_out` is what is left behind its attention."""
+    c = text_config
+    heads = c.num_attention_heads * c.head_dim
+    shared = c.num_key_value_heads * c.head_dim
+    before = tokens_in * c.hidden_size * (heads + 2 * shared) + 2 * tokens_in**2 * heads
+    after = (
+        tokens_out * heads * c.hidden_size + 3 * tokens_out * c.hidden_size * c.intermediate_size
+    )
+    return int(before + after)
+
+
+def prompt_cost(
+    config: Any,
+    plan: Plan,
+    *,
+    text_tokens: int,
+    unpruned_visual_tokens: int | None = None,
+    visual_tokens: int | None = None,
+) -> Cost:
+    """The cost of a prompt under a plan, without running anything.
+
+    Args:
+        config: the model's config; its dtype gives the size of the caches.
+        plan: what prunes; see `methods.resolve`.
+        text_tokens: text tokens of the prompt.
+        unpruned_visual_tokens: before any pruning; None for one image.
+        visual_tokens: what a vision-side method leaves of them; None asks the method.
+
+    Raises:
+        UserError: when a vision-side method decides by the image and `visual_tokens` is None.
+    """
+    full = config.num_image_tokens if unpruned_visual_tokens is None else unpruned_visual_tokens
+    if plan.vision is None:
+        entering = full
+    elif visual_tokens is not None:
+        entering = visual_tokens
+    else:
+        plan.vision.check(full - config.keep_cls)
+        fixed = plan.vision.fixed_count(full - config.keep_cls)
+        if fixed is None:
+            raise UserError(
+                f"How many tokens {plan.vision.name} leaves depends on the image; give their "
+                "number as visual_tokens, or a fixed keep."
+            )
+        entering = fixed + config.keep_cls
+    layers = config.text_config.num_hidden_layers
+    removed = np.zeros(layers, int)
+    if plan.decoder is not None:
+        removed = plan.decoder.removed(entering, depth_of(config))
+    unpruned = _cost(config, Plan(), text_tokens, full, np.zeros(layers, int), None)
+    return _cost(config, plan, text_tokens, entering, removed, unpruned)
+
+
+def _cost(
+    config: Any, plan: Plan, text: int, entering: int, removed: np.ndarray, unpruned: Cost | None
+) -> Cost:
+    c = config.text_config
+    item = np.dtype(ml_dtypes.bfloat16 if c.dtype == "bfloat16" else c.dtype).itemsize
+    method, layers, scores = plan.decoder, [], 0
+    visual_in = entering
+    for l in range(c.num_hidden_layers):
+        # Text that iti removes counts as visual: which of both goes depends on the prompt.
+        visual_out = entering - int(removed[l])
+        at_mlp = visual_out if method and method.cut == AFTER_ATTENTION else visual_in
+        tokens = text + visual_in
+        layers.append(
+            LayerCost(
+                layer=l,
+                text_tokens=text,
+                visual_in=visual_in,
+                visual_out=visual_out,
+                macs=layer_macs(c, tokens, text + at_mlp),
+                visual_macs=layer_macs(c, visual_in, at_mlp),
+                cache_bytes=2 * tokens * c.num_key_value_heads * c.head_dim * item,
+            )
+        )
+        if method and method.score and visual_out < visual_in:
+            queries = method.score.queries
+            asked = 1 if queries == ("last",) else text
+            if set(queries) <= {"last", "text"}:  # their rows of attention, once more
+                scores += asked * tokens * (c.num_attention_heads * c.head_dim + len(queries))
+            else:
+                scores += len(queries) * tokens**2
+        visual_in = visual_out
+    return Cost(
+        layers=tuple(layers),
+        unpruned=unpruned,
+        visual_tokens=entering,
+        score_macs=scores,
+        lm_head_macs=c.hidden_size * c.vocab_size,
+    )

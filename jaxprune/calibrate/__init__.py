@@ -1,0 +1,325 @@
+"""From calibration samples to a recipe: FitPrune's fit, G-Search, P-Sigmoid, iti's constant.
+
+data.py       samples: JSONL files, or drawn scenes
+evaluate.py   samples through the decoder in mask mode: one program per batch shape
+fitprune.py   FitPrune's fit
+search.py     G-Search, P-Sigmoid, iti's c: functions of a score, without any model
+"""
+
+import dataclasses
+import hashlib
+import pathlib
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxprune.calibrate import fitprune, search
+from jaxprune.calibrate.data import DEFAULT_SAMPLES, Sample, read_samples, scene_samples
+from jaxprune.calibrate.evaluate import METRICS, CalibrationSet, encode_samples, score
+from jaxprune.calibrate.memory import Memory
+from jaxprune.errors import UserError
+from jaxprune.loading import Params
+from jaxprune.methods import GSearch, Iti, PSigmoid, depth_of
+from jaxprune.methods.base import check_share, round_half_up
+from jaxprune.methods.gsearch import check_queries
+from jaxprune.methods.iti import tail_start
+from jaxprune.models.registry import family_name
+from jaxprune.recipes import Recipe, fingerprint
+
+CALIBRATED = ("fitprune", "gsearch", "psigmoid", "iti")
+SEARCHES = ("bisection", "bayesian")
+TOLERANCES = {"accuracy": 0.005, "logprob": 0.02}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How to calibrate; what a method does not use does not matter to it.
+
+    Attributes:
+        method: "fitprune", "gsearch", "psigmoid" or "iti".
+        save: fitprune: share of the visual tokens' FLOPs to save.
+        keep_rate: psigmoid: mean keep rate over layers; iti: share of tokens left by both
+            stages together.
+        tolerance: gsearch: how much the score may fall; None for 0.005 (accuracy) or 0.02
+            nats an answer token (logprob).
+        metric: "accuracy" (exact match, teacher-forced) or "logprob"; what gsearch and
+            psigmoid go by.
+        search: gsearch: "bisection" on multiples of 1/64, or "bayesian".
+        weight: gsearch, bayesian: what a keep rate of 1 costs in score (the paper's lambda).
+        evaluations: bayesian searches: of the score, in each layer for gsearch.
+        first_pruned_layer, queries: gsearch and psigmoid: see their methods.
+        stage2: iti: what its second stage removes of the visual tokens left.
+        batch_size: samples at once.
+        seed: of the Bayesian searches.
+    """
+
+    method: str
+    save: float | None = None
+    keep_rate: float | None = None
+    tolerance: float | None = None
+    metric: str = "accuracy"
+    search: str = "bisection"
+    weight: float = 0.1
+    evaluations: int = 24
+    first_pruned_layer: int = 2
+    queries: str = "text"
+    stage2: float = 0.5
+    batch_size: int = 16
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.method not in CALIBRATED:
+            raise UserError(
+                f"method is {self.method!r}; what can be calibrated: {', '.join(CALIBRATED)}."
+            )
+        needed = {"fitprune": "save", "psigmoid": "keep_rate", "iti": "keep_rate"}.get(self.method)
+        if needed:
+            if getattr(self, needed) is None:
+                raise UserError(f"Calibrating {self.method} needs {needed}.")
+            check_share(needed, getattr(self, needed), one=False)
+        for name in {"save", "keep_rate", "tolerance"} - {needed}:
+            wanted = name == "tolerance" and self.method == "gsearch"
+            if getattr(self, name) is not None and not wanted:
+                raise UserError(f"{self.method} has no {name} to calibrate.")
+        for name, allowed in (("metric", METRICS), ("search", SEARCHES)):
+            if getattr(self, name) not in allowed:
+                raise UserError(
+                    f"{name} is {getattr(self, name)!r}; expected one of: {', '.join(allowed)}."
+                )
+        if self.tolerance is not None and not self.tolerance >= 0:
+            raise UserError(f"tolerance is {self.tolerance!r}; expected 0 or more.")
+        check_queries(self.queries)
+        check_share("stage2", self.stage2, zero=True)
+        for name in ("evaluations", "first_pruned_layer", "batch_size"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise UserError(f"{name} is {value!r}; expected a whole number, 1 or more.")
+
+
+def calibrate(
+    params: Params,
+    samples: Sequence[Sample] | Any = None,
+    *,
+    progress_file: Any = None,
+    show_progress: bool | None = None,
+    **settings: Any,
+) -> Recipe:
+    """Fit a decoder-side method to a model on calibration samples.
+
+    Args:
+        params: what `jaxprune.load` gives.
+        samples: a list of `Sample`, the path of a JSONL file with "image", "question" and
+            "answer", or None for drawn scenes.
+        progress_file: where evaluations are kept as they are done, so that an interrupted
+            search goes on; removed at the end.
+        show_progress: a bar on stderr; None shows it in a terminal.
+        **settings: see `Settings`.
+
+    Returns:
+        The recipe; `save_recipe` writes it, `method=recipe` uses it.
+
+    Raises:
+        UserError: for settings or samples that do not work, or a target out of reach.
+    """
+    try:
+        chosen = Settings(**settings)
+    except TypeError as error:
+        known = ", ".join(field.name for field in dataclasses.fields(Settings))
+        raise UserError(f"{error}; the settings are: {known}.") from None
+    if not isinstance(params, Params):
+        raise UserError(f"params is a {type(params).__name__}; expected what jaxprune.load gives.")
+    source = "drawn scenes, calibration split, seed 0"
+    if samples is None:
+        samples = scene_samples()
+    elif isinstance(samples, str | pathlib.Path):
+        source, samples = str(samples), read_samples(samples)
+    else:
+        source = "samples"
+    began = time.perf_counter()
+    signals = frozenset({"cls_attention"}) if chosen.method == "iti" else frozenset()
+    data = encode_samples(
+        params,
+        samples,
+        batch_size=chosen.batch_size,
+        signals=signals,
+        with_answers=chosen.method in ("gsearch", "psigmoid"),
+        show_progress=show_progress,
+    )
+    identity = {
+        "settings": dataclasses.asdict(chosen),
+        "model": fingerprint(params.config),
+        "weights": _digest(np.asarray(jax.tree.leaves(params["language_model"])[-1], np.float32)),
+        "samples": _digest(*(batch.features[: batch.rows] for batch in data.batches)),
+    }
+    with Memory(progress_file, identity, label=chosen.method, show=show_progress) as memory:
+        method, report = _FITS[chosen.method](data, chosen, memory)
+        report["evaluations"] = memory.asked
+    report["seconds"] = round(time.perf_counter() - began, 2)
+    report |= {"samples": data.samples, "data": source}
+    decoder = method.decoder if isinstance(method, Iti) else method
+    config = params.config
+    return Recipe(
+        method=method.name,
+        model={
+            "family": family_name(config),
+            "num_hidden_layers": config.text_config.num_hidden_layers,
+            "num_image_tokens": config.num_image_tokens,
+            "fingerprint": fingerprint(config),
+        },
+        options={
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in dataclasses.asdict(method).items()
+            if value is not None
+        },
+        cut=decoder.cut,
+        score=None
+        if decoder.score is None
+        else {**dataclasses.asdict(decoder.score), "queries": list(decoder.score.queries)},
+        asked={
+            name: getattr(chosen, name)
+            for name in ("save", "keep_rate", "tolerance")
+            if getattr(chosen, name) is not None
+        },
+        reached=report.pop("reached"),
+        calibration=report,
+        source="jaxprune calibrate",
+    )
+
+
+def _digest(*arrays: np.ndarray) -> str:
+    found = hashlib.sha256()
+    for array in arrays:
+        found.update(np.ascontiguousarray(array).tobytes())
+    return found.hexdigest()[:12]
+
+
+def _fit_fitprune(data: CalibrationSet, chosen: Settings, memory: Memory) -> tuple[Any, dict]:
+    assert chosen.save is not None
+    memory.expect(8)
+    return fitprune.fit(data, save=chosen.save, remember=memory.remember)
+
+
+def _rate_score(data: CalibrationSet, chosen: Settings, memory: Memory) -> Any:
+    """The score of keep rates, remembered by the counts that they lead to."""
+
+    def of(rates: search.Rates) -> float:
+        method = GSearch(keep_rates=rates, queries=chosen.queries)
+        kept = data.num_tokens - method.removed(data.num_tokens, depth_of(data.params.config))
+        value: float = memory.remember(
+            " ".join(map(str, kept)), lambda: score(data, method, chosen.metric)
+        )
+        return value
+
+    return of
+
+
+def _fit_gsearch(data: CalibrationSet, chosen: Settings, memory: Memory) -> tuple[Any, dict]:
+    L = data.params.config.text_config.num_hidden_layers
+    first = chosen.first_pruned_layer
+    if first >= L:
+        raise UserError(f"first_pruned_layer is {first}, but the decoder has {L} layers.")
+    tolerance = TOLERANCES[chosen.metric] if chosen.tolerance is None else chosen.tolerance
+    of = _rate_score(data, chosen, memory)
+    if chosen.search == "bisection":
+        memory.expect(1 + (L - first) * 6)
+        rates = search.greedy_search(
+            of, num_hidden_layers=L, first_pruned_layer=first, tolerance=tolerance
+        )
+    else:
+        memory.expect((L - first) * chosen.evaluations)
+        rates = search.bayesian_greedy_search(
+            of,
+            num_hidden_layers=L,
+            first_pruned_layer=first,
+            weight=chosen.weight,
+            evaluations=chosen.evaluations,
+            seed=chosen.seed,
+        )
+    report: dict[str, Any] = {
+        "metric": chosen.metric,
+        "search": chosen.search,
+        "reached": {
+            "keep_rate": round(search.mean_rate(rates), 6),
+            "score": of(rates),
+            "unpruned_score": of((1.0,) * L),
+        },
+    }
+    if chosen.search == "bisection":
+        report["tolerance"] = tolerance
+    return GSearch(keep_rates=rates, queries=chosen.queries), report
+
+
+def _fit_psigmoid(data: CalibrationSet, chosen: Settings, memory: Memory) -> tuple[Any, dict]:
+    assert chosen.keep_rate is not None
+    depth = depth_of(data.params.config)
+    of = _rate_score(data, chosen, memory)
+
+    def with_k(k: float) -> PSigmoid:
+        return PSigmoid(
+            keep_rate=chosen.keep_rate,  # type: ignore[arg-type]
+            k=k,
+            first_pruned_layer=chosen.first_pruned_layer,
+            queries=chosen.queries,
+        )
+
+    memory.expect(chosen.evaluations)
+    k = search.maximise(
+        lambda k: of(with_k(k).rates(depth)), 0.05, 2.0,
+        evaluations=chosen.evaluations, seed=chosen.seed,
+    )  # fmt: skip
+    rates = with_k(k).rates(depth)
+    return with_k(k), {
+        "metric": chosen.metric,
+        "rates": [round(rate, 6) for rate in rates],
+        "reached": {
+            "keep_rate": round(search.mean_rate(rates), 6),
+            "score": of(rates),
+            "unpruned_score": of((1.0,) * depth.num_hidden_layers),
+        },
+    }
+
+
+def _fit_iti(data: CalibrationSet, chosen: Settings, memory: Memory) -> tuple[Any, dict]:
+    assert chosen.keep_rate is not None
+    curves = [batch.signals["cls_attention"][: batch.rows] for batch in data.batches]
+    s = np.concatenate(curves)
+    before_tail = jax.jit(tail_start)
+
+    def counts(c: float) -> np.ndarray:
+        return np.asarray(before_tail(s, np.float32(c)))
+
+    def share(c: float) -> float:
+        stage1 = counts(c)
+        removed = np.array([round_half_up(chosen.stage2 * int(n)) for n in stage1])
+        return float(np.mean((stage1 - removed) / s.shape[1]))
+
+    c, reached = search.tail_exponent(share, chosen.keep_rate)
+    return Iti(c=c, stage2=chosen.stage2), {
+        "reached": {
+            "keep_rate": round(reached, 6),
+            "stage1_keep_rate": round(float(np.mean(counts(c))) / s.shape[1], 6),
+        }
+    }
+
+
+_FITS = {
+    "fitprune": _fit_fitprune,
+    "gsearch": _fit_gsearch,
+    "psigmoid": _fit_psigmoid,
+    "iti": _fit_iti,
+}
+
+__all__ = [
+    "CALIBRATED",
+    "DEFAULT_SAMPLES",
+    "Sample",
+    "Settings",
+    "calibrate",
+    "encode_samples",
+    "read_samples",
+    "scene_samples",
+    "score",
+]

@@ -1,0 +1,66 @@
+"""Calibration samples: an image, a question and its reference answer."""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+from jaxprune import scenes
+from jaxprune.errors import UserError
+
+DEFAULT_SAMPLES = 192
+_FIELDS = ("image", "question", "answer")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One sample; `image` is whatever `jaxprune.generate` takes."""
+
+    image: Any
+    question: str
+    answer: str
+
+
+def scene_samples(number: int = DEFAULT_SAMPLES, *, seed: int = 0) -> list[Sample]:
+    """Drawn scenes of the calibration split, which no accuracy is ever reported on."""
+    pairs = [scenes.sample("calibration", seed, i) for i in range(number)]
+    return [Sample(scenes.draw(scene), q.question, q.answer) for scene, q in pairs]
+
+
+def read_samples(path: Any, *, limit: int | None = None) -> list[Sample]:
+    """Samples from a JSONL file; image paths are relative to it.
+
+    Raises:
+        UserError: for a missing or empty file, or a line that is no sample; it names the line.
+    """
+    path = pathlib.Path(path).expanduser()
+    if not path.is_file():
+        raise UserError(f"The data file {path} does not exist; expected JSONL.")
+    samples = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as text ({error}).") from None
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            fields = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{path}, line {number} is not JSON ({error}).") from None
+        if not isinstance(fields, dict) or not all(
+            isinstance(fields.get(name), str) and fields[name].strip() for name in _FIELDS
+        ):
+            raise UserError(
+                f"{path}, line {number} is no sample; expected an object with the texts "
+                "'image', 'question' and 'answer'."
+            )
+        image = path.parent / fields["image"]
+        if not image.is_file():
+            raise UserError(f"{path}, line {number}: the image {image} does not exist.")
+        samples.append(Sample(image, fields["question"], fields["answer"]))
+        if limit is not None and len(samples) == limit:
+            break
+    if not samples:
+        raise UserError(f"{path} has no samples.")
+    return samples

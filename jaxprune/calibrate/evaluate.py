@@ -1,0 +1,236 @@
+"""Scoring schedules on calibration samples, in mask mode: one program per batch shape.
+
+The images are encoded once. A row is a prompt with its reference answer behind it; the
+answer's tokens are predicted from the pruned prompt, and never vote on what is pruned.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune.calibrate.data import Sample
+from jaxprune.errors import UserError
+from jaxprune.loading import Params
+from jaxprune.methods import DecoderMethod, depth_of
+from jaxprune.models.registry import family
+from jaxprune.ops.schedule import LAST, NO_CUTS, Schedule
+from jaxprune.processing import pixel_values
+from jaxprune.progress import track
+from jaxprune.request import Layout, Row, lay_out, make_request, text_length
+from jaxprune.schedules import Lengths, candidates_left, mask_schedule
+from jaxprune.shapes import DEFAULT_BUCKETS
+
+METRICS = ("accuracy", "logprob")
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Calibration rows of one shape, on the host.
+
+    Attributes:
+        layout: prompts with their answers.
+        features: `[B, N, C]`, unpruned.
+        signals: what else the tower was asked for, `[B, ...]` each.
+        answers: int32 `[B, A]`, padded with -1; the end of sequence included.
+        rows: rows in use; the others pad the batch.
+    """
+
+    layout: Layout
+    features: np.ndarray
+    signals: dict[str, np.ndarray]
+    answers: np.ndarray
+    rows: int
+
+
+@dataclasses.dataclass(frozen=True)
+class CalibrationSet:
+    """Encoded samples in batches of one shape.
+
+    Attributes:
+        params: the model.
+        batches: all of the same shape.
+        room: text and visual slots of a row.
+        num_tokens: visual tokens of each sample.
+    """
+
+    params: Params
+    batches: list[Batch]
+    room: Lengths
+    num_tokens: int
+
+    @property
+    def samples(self) -> int:
+        return sum(batch.rows for batch in self.batches)
+
+    def visual(self, batch: Batch) -> np.ndarray:
+        """Visual tokens of each row, 0 for padding rows: int `[B]`."""
+        return np.where(np.arange(len(batch.features)) < batch.rows, self.num_tokens, 0)
+
+
+def encode_samples(
+    params: Params,
+    samples: Sequence[Sample],
+    *,
+    batch_size: int = 16,
+    signals: frozenset[str] = frozenset(),
+    with_answers: bool = True,
+    show_progress: bool | None = None,
+) -> CalibrationSet:
+    """Run the vision tower over all samples and lay their rows out.
+
+    Args:
+        params: what `jaxprune.load` gives.
+        samples: image, question and answer.
+        batch_size: rows a batch; a smaller one takes less memory.
+        signals: what the tower has to provide besides features.
+        with_answers: put the reference answers behind the prompts.
+        show_progress: a bar on stderr; None shows it in a terminal.
+
+    Raises:
+        UserError: for broken images, or prompts over the model's context.
+    """
+    config, processor = params.config, params.processor
+    if processor is None:
+        raise UserError("params have no processor; load them with jaxprune.load.")
+    requests = [make_request(processor, s.image, s.question, chat=True) for s in samples]
+    ends = processor.eos_token_ids[:1]
+    rows = []
+    for request, sample in zip(requests, samples, strict=True):
+        ids: list[int] = []
+        if with_answers:
+            answer = " " + sample.answer.strip()
+            ids = processor.tokenizer(answer, add_special_tokens=False)["input_ids"]
+            ids = [*ids, *ends]
+        rows.append(Row(request.rows[0].pieces, [0], answer=ids))
+    N = config.num_image_tokens
+    text = DEFAULT_BUCKETS.fit("text", max(map(text_length, rows)))
+    if min(text_length(row) for row in rows) + N >= config.text_config.context_length:
+        raise UserError(f"The prompts with {N} visual tokens exceed the model's context.")
+    most = max(1, max(len(row.answer) for row in rows))
+    batch_size = min(batch_size, len(rows))
+
+    encode = jax.jit(
+        functools.partial(family(config).encode_image, signals=signals), static_argnums=1
+    )
+    batches = []
+    starts = range(0, len(rows), batch_size)
+    for first in track(starts, "Encoding", len(starts), show=show_progress):
+        part = rows[first : first + batch_size]
+        images = [request.images[0] for request in requests[first : first + batch_size]]
+        pixels = pixel_values(processor, images, config.vision_config.image_size)
+        pixels = np.pad(pixels, ((0, batch_size - len(part)), (0, 0), (0, 0), (0, 0)))
+        vision = jax.device_get(encode(params.arrays, config, pixels))
+        each = [Row(row.pieces, [i], row.answer) for i, row in enumerate(part)]
+        layout = lay_out(each, np.full(len(part), N), N, batch=batch_size, sequence=text + N)
+        answers = np.full((batch_size, most), -1, np.int32)
+        for i, row in enumerate(part):
+            answers[i, : len(row.answer)] = row.answer
+        batches.append(Batch(layout, vision.features, vision.signals, answers, len(part)))
+    return CalibrationSet(params, batches, Lengths(text, N), N)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "schedule"))
+def run_prompts(
+    params: dict,
+    token_ids: jax.Array,
+    visual_index: jax.Array,
+    kind: jax.Array,
+    lengths: jax.Array,
+    features: jax.Array,
+    counts: Any,
+    *,
+    config: Any,
+    schedule: Schedule,
+) -> Any:
+    """A batch through the decoder, caches left out: what `schedule.record` noted."""
+    model = family(config)
+    tokens = model.embed(params, config, token_ids, visual_index, kind, lengths, features)
+    found = model.prefill(params, config, tokens, new_slots=0, schedule=schedule, counts=counts)
+    return found.records
+
+
+@functools.partial(jax.jit, static_argnames=("config", "schedule"))
+def _score_answers(
+    params: dict,
+    token_ids: jax.Array,
+    visual_index: jax.Array,
+    kind: jax.Array,
+    lengths: jax.Array,
+    features: jax.Array,
+    counts: Any,
+    answers: jax.Array,
+    *,
+    config: Any,
+    schedule: Schedule,
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probability `[B]` of each answer, and whether every token is the likeliest."""
+    model = family(config)
+    tokens = model.embed(params, config, token_ids, visual_index, kind, lengths, features)
+    found = model.prefill(params, config, tokens, new_slots=0, schedule=schedule, counts=counts)
+    # Mask mode: slots stay where they are. The token at slot s predicts the one behind it.
+    last = jnp.argmax(kind == LAST, axis=-1)[:, None]
+    slots = jnp.minimum(last + jnp.arange(answers.shape[1]), kind.shape[1] - 1)
+    hidden = jnp.take_along_axis(found.tokens.x, slots[..., None], axis=1)
+    logits = model.logits(params, config, hidden)  # [B, A, V]
+    used = answers >= 0
+    labels = jnp.maximum(answers, 0)
+    logprob = jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], axis=-1)[..., 0]
+    right = jnp.all((logits.argmax(-1) == labels) | ~used, axis=-1)
+    return jnp.sum(logprob * used, axis=-1), right
+
+
+def run_set(
+    data: CalibrationSet, function: Callable, schedule: Schedule, counts: Callable, *extra: str
+) -> Iterator[tuple[Batch, Any]]:
+    """`function` on every batch, with what `counts(batch)` gives."""
+    for batch in data.batches:
+        layout = batch.layout
+        yield (
+            batch,
+            jax.device_get(
+                function(
+                    data.params.arrays,
+                    layout.token_ids,
+                    layout.visual_index,
+                    layout.kind,
+                    layout.lengths,
+                    batch.features,
+                    counts(batch),
+                    *(getattr(batch, name) for name in extra),
+                    config=data.params.config,
+                    schedule=schedule,
+                )
+            ),
+        )
+
+
+def score(data: CalibrationSet, method: DecoderMethod | None, metric: str = "accuracy") -> float:
+    """How well the model answers the samples under a decoder-side method.
+
+    Args:
+        data: encoded samples with answers.
+        method: what prunes; None scores the unpruned model.
+        metric: "accuracy": the share of samples whose every answer token, the end of
+            sequence included, is the likeliest given the ones before; "logprob": the mean
+            log-probability of an answer token, in nats.
+    """
+    depth = depth_of(data.params.config)
+    schedule = NO_CUTS if method is None else mask_schedule(method, depth, data.room)
+
+    def counts(batch: Batch) -> np.ndarray | None:
+        if method is None:
+            return None
+        return candidates_left(method, depth, batch.layout.kind, data.visual(batch))
+
+    total, tokens, right = 0.0, 0, 0
+    for batch, found in run_set(data, _score_answers, schedule, counts, "answers"):
+        logprob, exact = (x[: batch.rows] for x in found)
+        total += float(np.sum(logprob, dtype=np.float64))
+        tokens += int((batch.answers[: batch.rows] >= 0).sum())
+        right += int(exact.sum())
+    return right / data.samples if metric == "accuracy" else total / tokens

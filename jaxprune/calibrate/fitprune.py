@@ -1,0 +1,215 @@
+"""FitPrune's fit (arXiv 2409.10197, section 3): deletions that move attention least.
+
+1.  One unpruned pass gives, per sample and layer, the masses C = sum of c_j and U = sum of u_j
+    over the visual tokens (scores as in `methods/fitprune.py`).
+2.  For a tolerance alpha, layer by layer on the already pruned hidden states: of the tokens
+    in ascending order of c, the longest prefix whose removal leaves at least (1 - alpha) C;
+    the same with u and U; each sample deletes the intersection of its two prefixes.
+3.  t_l = floor of the mean size of the intersections.
+4.  Deleting stops once the budget is met: at the entry of a layer, the FLOPs spent so far plus
+    those of running the rest unpruned, averaged over samples, are at most (1 - save) of all.
+5.  Bisection over alpha until the interval is at most 0.01 wide. The answer is the smallest
+    alpha whose scheme met the budget; the published code may return one that did not.
+
+What is deleted before the stop does not depend on where it is, so one pass through all layers
+serves an alpha, and the stop is found on its sizes.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune.accounting import layer_macs
+from jaxprune.calibrate.evaluate import CalibrationSet, run_prompts, run_set
+from jaxprune.errors import UserError
+from jaxprune.methods import FitPrune
+from jaxprune.ops.schedule import AFTER_ATTENTION, VISUAL, Schedule
+
+WIDTH = 0.01
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FitSchedule(Schedule):
+    """A schedule in which the tolerance decides, not a count.
+
+    Its counts are alpha (below 0: delete nothing), C and U float32 `[L, B]`.
+    """
+
+    def apply(self, cut: str, layer: int, tree: Any, received: Any, counts: Any) -> Any:
+        if cut != self.cut:
+            return tree
+        tokens, *others = tree
+        alpha, C, U = counts
+        visual = tokens.valid & (tokens.kind == VISUAL)
+        c, u = _scores(tokens, received)
+        gone = removable(c, visual, (1 - alpha) * C[layer])
+        gone &= removable(u, visual, (1 - alpha) * U[layer])
+        return tokens.replace(valid=tokens.valid & ~(gone & (alpha >= 0))), *others
+
+    def record(self, tokens: Any, received: jax.Array | None) -> Any:
+        """Visual tokens left `[B]`, and the masses C and U `[B]` of an unpruned pass."""
+        visual = tokens.valid & (tokens.kind == VISUAL)
+        c, u = _scores(tokens, received)
+        return visual.sum(-1), jnp.sum(c * visual, -1), jnp.sum(u * visual, -1)
+
+
+def _scores(tokens: Any, received: Any) -> tuple[jax.Array, jax.Array]:
+    """c, averaged over the text that asks, and u, over the visual tokens: `[B, S]` each.
+
+    How many ask is a constant of each row for c; for u it is the number now there.
+    """
+    by_visual, by_text = received
+    n = jnp.sum(tokens.valid & (tokens.kind == VISUAL), -1, keepdims=True)
+    return by_text, by_visual / jnp.maximum(n, 1)
+
+
+def removable(score: jax.Array, visual: jax.Array, least: jax.Array) -> jax.Array:
+    """The lowest-scoring tokens whose removal leaves a sum of at least `least`.
+
+    Args:
+        score: float32 `[B, S]`.
+        visual: bool `[B, S]`, those that may go; at least one stays.
+        least: float32 `[B]`.
+    """
+    key = jnp.where(visual, score, jnp.inf)
+    order = jnp.argsort(key, axis=-1)  # ascending, visual tokens first
+    ordered = jnp.take_along_axis(jnp.where(visual, score, 0.0), order, axis=-1)
+    # What is left when the tokens up to and including this place are gone.
+    left = jnp.flip(jnp.cumsum(jnp.flip(ordered, -1), -1), -1) - ordered
+    n = visual.sum(-1, keepdims=True)
+    place = jnp.arange(score.shape[-1])
+    goes = (left >= least[:, None]) & (place < n - 1)
+    rank = jnp.argsort(order, axis=-1)
+    return jnp.take_along_axis(goes, rank, axis=-1) & visual
+
+
+class Scheme(NamedTuple):
+    """What a tolerance leads to.
+
+    Attributes:
+        deletions: t_l, floored means, int `[L]`.
+        saved: share of the visual tokens' multiply-adds saved in the fit, before flooring;
+            at the stop where the budget was met.
+        met: whether the budget was met.
+    """
+
+    deletions: list[int]
+    saved: float
+    met: bool
+
+
+def stop_at_budget(sizes: np.ndarray, num_tokens: int, text_config: Any, save: float) -> Scheme:
+    """Steps 3 and 4: deletions of one tolerance, cut off where the budget is met.
+
+    Args:
+        sizes: int `[L, samples]`, each sample's deletions in each layer.
+        num_tokens: visual tokens of each sample before pruning.
+        text_config: the decoder's sizes.
+        save: share of the visual tokens' multiply-adds to save.
+    """
+    L, samples = sizes.shape
+    full = L * layer_macs(text_config, num_tokens, num_tokens)
+    spent, now = np.zeros(samples), np.full(samples, num_tokens)
+    kept_layers = L
+    saved = 0.0
+    for l in range(L + 1):
+        rest = np.array([(L - l) * layer_macs(text_config, int(n), int(n)) for n in now])
+        saved = float(1 - np.mean(spent + rest) / full)
+        if saved >= save:
+            kept_layers = l
+            break
+        if l < L:
+            after = now - sizes[l]
+            pairs = zip(now, after, strict=True)
+            spent += [layer_macs(text_config, int(n), int(m)) for n, m in pairs]
+            now = after
+    deletions = np.floor(sizes.mean(axis=1)).astype(int)
+    deletions[kept_layers:] = 0
+    return Scheme(deletions.tolist(), saved, saved >= save)
+
+
+def fit(
+    data: CalibrationSet,
+    *,
+    save: float,
+    remember: Callable[[str, Callable[[], Any]], Any] = lambda _, make: make(),
+) -> tuple[FitPrune, dict[str, Any]]:
+    """Find the deletions for a budget.
+
+    Args:
+        data: encoded samples without answers.
+        save: share of the visual tokens' multiply-adds to save.
+        remember: `remember(key, make)` gives `make()`, or what it gave before an interruption.
+
+    Returns:
+        The method, and the report for its recipe.
+
+    Raises:
+        UserError: when no tolerance meets the budget.
+    """
+    text_config = data.params.config.text_config
+    L = text_config.num_hidden_layers
+    schedule = FitSchedule(
+        layers=tuple(range(L)),
+        cut=AFTER_ATTENTION,
+        score=FitPrune(deletions=(0,) * L, num_tokens=0).score,
+        query_slots=data.room.text,
+    )
+
+    def records(alpha: float, masses: Callable) -> list[tuple[np.ndarray, ...]]:
+        def counts(batch: Any) -> tuple:
+            return (np.float32(alpha), *masses(batch))
+
+        found: list[tuple[np.ndarray, ...]] = []
+        for batch, records in run_set(data, run_prompts, schedule, counts):
+            left, C, U = (np.stack(x)[:, : batch.rows] for x in zip(*records, strict=True))
+            found.append((left, C, U))
+        return found
+
+    B = len(data.batches[0].features)
+    nothing = np.zeros((L, B), np.float32)
+    reference = records(-1.0, lambda _: (nothing, nothing))
+    padded = {
+        id(batch): tuple(np.pad(x, ((0, 0), (0, B - batch.rows))) for x in (C, U))
+        for batch, (_, C, U) in zip(data.batches, reference, strict=True)
+    }
+
+    def scheme(alpha: float) -> Scheme:
+        def make() -> Any:
+            left = np.concatenate([r[0] for r in records(alpha, lambda b: padded[id(b)])], axis=1)
+            before = np.vstack([np.full((1, left.shape[1]), data.num_tokens), left[:-1]])
+            return (before - left).tolist()
+
+        sizes = np.array(remember(f"alpha {alpha!r}", make))
+        return stop_at_budget(sizes, data.num_tokens, text_config, save)
+
+    best_alpha, best, tried = 1.0, scheme(1.0), 1
+    if not best.met:
+        raise UserError(
+            f"No tolerance saves {save:g} of the visual tokens' FLOPs; the most is "
+            f"{best.saved:.3f}. Ask for less."
+        )
+    low, high = 0.0, 1.0
+    while high - low > WIDTH:
+        middle = (low + high) / 2
+        candidate = scheme(middle)
+        tried += 1
+        if candidate.met:
+            high, best_alpha, best = middle, middle, candidate
+        else:
+            low = middle
+    method = FitPrune(deletions=tuple(best.deletions), num_tokens=data.num_tokens)
+    floored = np.cumsum(best.deletions)
+    tokens = data.num_tokens - np.concatenate([[0], floored])
+    spent = sum(layer_macs(text_config, int(n), int(m)) for n, m in itertools.pairwise(tokens))
+    full = L * layer_macs(text_config, data.num_tokens, data.num_tokens)
+    return method, {
+        "reached": {"save_in_fit": round(best.saved, 6), "save": round(1 - spent / full, 6)},
+        "alpha": best_alpha,
+        "evaluations": tried,
+    }
