@@ -1,5 +1,6 @@
 """Visual-token pruning for LLaVA-family models in JAX."""
 
+from jaxprune.calibrate import calibrate
 from jaxprune.errors import UserError
 from jaxprune.generate import Answer, generate, stream
 from jaxprune.loading import DEMO_IMAGE, SMALL_MODEL, Params, export, load
@@ -44,6 +45,7 @@ __all__ = [
     "UniformPlaces",
     "UserError",
     "__version__",
+    "calibrate",
     "export",
     "generate",
     "load",

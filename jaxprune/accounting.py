@@ -23,7 +23,7 @@ import numpy as np
 
 from jaxprune.errors import UserError
 from jaxprune.methods import Plan, depth_of
-from jaxprune.ops.schedule import AFTER_ATTENTION
+from jaxprune.ops.schedule import AFTER_ATTENTION, Schedule
 
 FORMULA = (
     "multiply-adds of the decoder's layers: nD(H+2K)d + 2n^2Hd + n'HdD + 3n'Dm "
@@ -62,6 +62,7 @@ class Cost:
         visual_tokens: visual tokens that enter the decoder.
         score_macs: multiply-adds spent on ranking, not part of the layers' count.
         lm_head_macs: multiply-adds of one token's logits, not part of the layers' count.
+        executed: of a request that ran: what its padded shapes cost a row, see `executed`.
     """
 
     layers: tuple[LayerCost, ...]
@@ -69,6 +70,7 @@ class Cost:
     visual_tokens: int
     score_macs: int
     lm_head_macs: int
+    executed: dict[str, int] | None = None
 
     @property
     def macs(self) -> int:
@@ -100,6 +102,7 @@ class Cost:
             "cache_bytes": self.cache_bytes,
             "score_macs": self.score_macs,
             "lm_head_macs": self.lm_head_macs,
+            "executed": self.executed,
             "saved": {name: round(share, 6) for name, share in self.saved.items()},
             "layers": [dataclasses.asdict(layer) for layer in self.layers],
         }
@@ -159,11 +162,43 @@ def prompt_cost(
     return _cost(config, plan, text_tokens, entering, removed, unpruned)
 
 
+def executed(config: Any, slots: int, schedule: Schedule, *, new_slots: int) -> dict[str, int]:
+    """What one row of a padded batch costs: its shapes, not its tokens.
+
+    Args:
+        config: the model's config.
+        slots: of the sequence that enters the decoder.
+        schedule: with static lengths, or one that makes no cuts.
+        new_slots: room in the caches for tokens to be generated.
+
+    Returns:
+        "macs" of the prefill, "unpruned_macs" of the same slots without a schedule, and
+        "cache_bytes" as allocated.
+    """
+    c = config.text_config
+    L = c.num_hidden_layers
+    after = schedule.lengths or (slots,) * L
+    before = (slots, *after[:-1])
+    at_mlp = after if schedule.cut == AFTER_ATTENTION else before
+    pairs = zip(before, at_mlp, strict=True)
+    return {
+        "macs": sum(layer_macs(c, n, m) for n, m in pairs),
+        "unpruned_macs": L * layer_macs(c, slots, slots),
+        "cache_bytes": sum(cache_bytes(c, n + new_slots) for n in before),
+    }
+
+
+def cache_bytes(text_config: Any, tokens: int) -> int:
+    """Bytes of one layer's keys and values."""
+    c = text_config
+    item = np.dtype(ml_dtypes.bfloat16 if c.dtype == "bfloat16" else c.dtype).itemsize
+    return int(2 * tokens * c.num_key_value_heads * c.head_dim * item)
+
+
 def _cost(
     config: Any, plan: Plan, text: int, entering: int, removed: np.ndarray, unpruned: Cost | None
 ) -> Cost:
     c = config.text_config
-    item = np.dtype(ml_dtypes.bfloat16 if c.dtype == "bfloat16" else c.dtype).itemsize
     method, layers, scores = plan.decoder, [], 0
     visual_in = entering
     for l in range(c.num_hidden_layers):
@@ -179,7 +214,7 @@ def _cost(
                 visual_out=visual_out,
                 macs=layer_macs(c, tokens, text + at_mlp),
                 visual_macs=layer_macs(c, visual_in, at_mlp),
-                cache_bytes=2 * tokens * c.num_key_value_heads * c.head_dim * item,
+                cache_bytes=cache_bytes(c, tokens),
             )
         )
         if method and method.score and visual_out < visual_in:

@@ -1,4 +1,4 @@
-"""The command line: `jaxprune generate | methods | convert`.
+"""The command line: `jaxprune generate | show | methods | cost | calibrate | convert`.
 
 The result alone goes to stdout; progress, notes and errors go to stderr. A user's mistake
 ends with exit code 2 and no traceback.
@@ -30,7 +30,42 @@ ModelOption = Annotated[
     typer.Option("--model", help="Model directory; without it, the small model that ships."),
 ]
 DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+MethodOption = Annotated[
+    str,
+    typer.Option(help="Pruning method, a recipe's path, or a pair with a comma between."),
+]
+KeepOption = Annotated[int | None, typer.Option(help="Visual tokens to keep of each image.")]
+SaveOption = Annotated[
+    float | None, typer.Option(help="fitprune: share of the visual tokens' FLOPs to save.")
+]
+KeepRateOption = Annotated[
+    float | None, typer.Option(help="psigmoid, fastv, pyramiddrop: share of tokens to keep.")
+]
+ExtraOption = Annotated[
+    list[str] | None,
+    typer.Option("--option", help="Any other option of the method, e.g. --option c=4.0."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+def _method(name: str) -> Any:
+    parts = [part.strip() for part in name.split(",")]
+    return parts[0] if len(parts) == 1 else tuple(parts)
+
+
+def _options(extra: list[str] | None, **named: float | int | None) -> dict[str, Any]:
+    """Method options from the command line; values are read as JSON where they are."""
+    options: dict[str, Any] = dict(named)
+    for item in extra or ():
+        name, equals, text = item.partition("=")
+        if not equals:
+            raise UserError(f"--option is {item!r}; expected name=value.")
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = text
+        options[name.strip().replace("-", "_")] = tuple(value) if isinstance(value, list) else value
+    return options
 
 
 @app.command()
@@ -41,8 +76,11 @@ def generate(
         typer.Option(help="An image file; repeat it for several images in one prompt."),
     ] = None,
     model: ModelOption = None,
-    method: Annotated[str, typer.Option(help="Pruning method; see `jaxprune methods`.")] = "none",
-    keep: Annotated[int | None, typer.Option(help="Visual tokens to keep of each image.")] = None,
+    method: MethodOption = "none",
+    keep: KeepOption = None,
+    save: SaveOption = None,
+    keep_rate: KeepRateOption = None,
+    option: ExtraOption = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 decodes greedily.")] = 0.0,
     top_k: Annotated[int | None, typer.Option(help="Draw from the k likeliest.")] = None,
@@ -62,8 +100,7 @@ def generate(
         params,
         [images] if images else None,
         [prompt],
-        method=method,
-        keep=keep,
+        method=_method(method),
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_k=top_k,
@@ -72,6 +109,7 @@ def generate(
         stop=stop or (),
         chat=not raw,
         return_details=True,
+        **_options(option, keep=keep, save=save, keep_rate=keep_rate),
     )
     answer = answers[0]
     if not as_json:
@@ -79,8 +117,202 @@ def generate(
         return
     fields = dataclasses.asdict(answer)
     fields["kept_indices"] = [kept.tolist() for kept in answer.kept_indices]
+    fields["kept_by_layer"] = {
+        layer: [kept.tolist() for kept in images] for layer, images in answer.kept_by_layer.items()
+    }
+    fields["cost"] = answer.cost.as_dict()
     fields["seconds"] = {stage: round(value, 6) for stage, value in answer.seconds.items()}
     print(json.dumps({"method": method, **fields}))
+
+
+@app.command()
+def show(
+    image: Annotated[pathlib.Path, typer.Option(help="An image file.")],
+    prompt: Annotated[str, typer.Option(help="What to ask.")],
+    out: Annotated[pathlib.Path, typer.Option(help="The picture to write, e.g. kept.png.")],
+    method: MethodOption,
+    layers: Annotated[
+        str | None, typer.Option(help="Decoder layers to show, from 0, e.g. 2,8,16.")
+    ] = None,
+    model: ModelOption = None,
+    keep: KeepOption = None,
+    save: SaveOption = None,
+    keep_rate: KeepRateOption = None,
+    option: ExtraOption = None,
+    dtype: DtypeOption = "auto",
+) -> None:
+    """Draw the patches that survive, before the decoder and behind some of its layers."""
+    import jaxprune
+    from jaxprune.show import kept_over_depth
+
+    _refuse_existing(out)
+    try:
+        chosen = None if layers is None else [int(part) for part in layers.split(",")]
+    except ValueError:
+        raise UserError(f"--layers is {layers!r}; expected numbers, e.g. 2,8,16.") from None
+    picture = kept_over_depth(
+        jaxprune.load(model, dtype=dtype),
+        image,
+        prompt,
+        method=_method(method),
+        layers=chosen,
+        **_options(option, keep=keep, save=save, keep_rate=keep_rate),
+    )
+    try:
+        picture.save(out)
+    except (OSError, ValueError) as error:
+        out.unlink(missing_ok=True)
+        raise UserError(f"Cannot write {out} ({error}).") from None
+    _stderr.print(f"{out}: {picture.width} x {picture.height} pixels.")
+
+
+@app.command()
+def cost(
+    model: Annotated[
+        str | None,
+        typer.Option(help="Model directory or preset; without it, the small model that ships."),
+    ] = None,
+    method: MethodOption = "none",
+    keep: KeepOption = None,
+    save: SaveOption = None,
+    keep_rate: KeepRateOption = None,
+    option: ExtraOption = None,
+    text_tokens: Annotated[int, typer.Option(help="Text tokens of the prompt.")] = 64,
+    visual_tokens: Annotated[
+        int | None,
+        typer.Option(help="Visual tokens that enter the decoder; for what depends on the image."),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Of the caches.")] = "bfloat16",
+    as_json: JsonOption = False,
+) -> None:
+    """Count tokens, FLOPs and cache bytes of a prompt, without running or loading anything."""
+    from jaxprune.accounting import FORMULA, prompt_cost
+    from jaxprune.methods import resolve
+
+    config = _config(model, dtype)
+    for name, value in (("--text-tokens", text_tokens), ("--visual-tokens", visual_tokens)):
+        if value is not None and value < 0:
+            raise UserError(f"{name} is {value}; expected 0 or more.")
+    options = _options(option, keep=keep, save=save, keep_rate=keep_rate)
+    plan = resolve(_method(method), config, **options)
+    before = visual_tokens if plan.vision is None else None
+    found = prompt_cost(
+        config,
+        plan,
+        text_tokens=text_tokens,
+        unpruned_visual_tokens=before,
+        visual_tokens=visual_tokens,
+    )
+    if as_json:
+        print(json.dumps({"model": model or "small_llava", "method": method, **found.as_dict()}))
+        return
+    table = Table("layer", "text", "visual in", "visual out", "GMAC", "visual GMAC", "cache MB")
+    for column in table.columns:
+        column.justify = "right"
+    for row in found.layers:
+        sizes = (f"{n / 1e9:.3f}" for n in (row.macs, row.visual_macs))
+        counts = map(str, (row.layer, row.text_tokens, row.visual_in, row.visual_out))
+        table.add_row(*counts, *sizes, f"{row.cache_bytes / 1e6:.3f}")
+    mean = sum(row.visual_in for row in found.layers) / len(found.layers)
+    table.add_section()
+    totals = (f"{n / 1e9:.1f}" for n in (found.macs, found.visual_macs))
+    table.add_row("all", "", f"mean {mean:.1f}", "", *totals, f"{found.cache_bytes / 1e6:.1f}")
+    Console().print(table)
+    saved = found.saved
+    print(
+        f"Saved against no pruning: {100 * saved['visual_macs']:.1f} % of the visual tokens' "
+        f"FLOPs, {100 * saved['macs']:.1f} % of all, {100 * saved['cache_bytes']:.1f} % of the "
+        f"cache.\nCounted: {FORMULA}.\nApart: ranking {found.score_macs / 1e9:.3f} GMAC, "
+        f"logits of one token {found.lm_head_macs / 1e9:.3f} GMAC."
+    )
+
+
+def _config(model: str | None, dtype: str) -> Any:
+    from jaxprune.checkpoints_convert.load import DTYPES, existing_directory, read_config
+    from jaxprune.loading import SMALL_MODEL
+    from jaxprune.models.presets import PRESETS
+
+    if dtype not in DTYPES:
+        raise UserError(f"dtype is {dtype!r}; expected one of: {', '.join(DTYPES)}.")
+    if model in PRESETS:
+        return PRESETS[model](dtype=dtype)
+    if model is not None and not pathlib.Path(model).expanduser().is_dir():
+        known = ", ".join(PRESETS)
+        raise UserError(f"{model!r} is neither a model's directory nor a preset; presets: {known}.")
+    return read_config(existing_directory(model or SMALL_MODEL), dtype=dtype)
+
+
+@app.command()
+def calibrate(
+    method: Annotated[str, typer.Option(help="fitprune, gsearch, psigmoid or iti.")],
+    out: Annotated[pathlib.Path, typer.Option(help="The recipe to write, e.g. recipe.json.")],
+    save: SaveOption = None,
+    keep_rate: Annotated[
+        float | None,
+        typer.Option(help="psigmoid: mean over layers; iti: share left by both stages."),
+    ] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(help="gsearch: how much the score may fall.")
+    ] = None,
+    metric: Annotated[
+        str, typer.Option(help="gsearch, psigmoid: accuracy or logprob.")
+    ] = "accuracy",
+    search: Annotated[str, typer.Option(help="gsearch: bisection or bayesian.")] = "bisection",
+    evaluations: Annotated[int, typer.Option(help="Of the score, in Bayesian searches.")] = 24,
+    first_pruned_layer: Annotated[int, typer.Option(help="gsearch, psigmoid.")] = 2,
+    queries: Annotated[str, typer.Option(help="gsearch, psigmoid: text or last.")] = "text",
+    stage2: Annotated[float, typer.Option(help="iti: share that the second stage removes.")] = 0.5,
+    data: Annotated[
+        pathlib.Path | None,
+        typer.Option(help="JSONL with image, question, answer; without it, drawn scenes."),
+    ] = None,
+    model: ModelOption = None,
+    dtype: DtypeOption = "auto",
+    batch_size: Annotated[int, typer.Option(help="Samples at once.")] = 16,
+    seed: Annotated[int, typer.Option(help="Of the Bayesian searches.")] = 0,
+    plot: Annotated[
+        pathlib.Path | None, typer.Option(help="Draw the keep rates over depth here.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Fit a decoder-side method to a model; interrupted, the same command goes on."""
+    import jaxprune
+    from jaxprune.calibrate import Settings
+    from jaxprune.calibrate import calibrate as run
+    from jaxprune.plots import figure, plot_recipe
+
+    settings: dict[str, Any] = {
+        "method": method, "save": save, "keep_rate": keep_rate, "tolerance": tolerance,
+        "metric": metric, "search": search, "evaluations": evaluations,
+        "first_pruned_layer": first_pruned_layer, "queries": queries, "stage2": stage2,
+        "batch_size": batch_size, "seed": seed,
+    }  # fmt: skip
+    Settings(**settings)  # a mistake shows before anything is loaded
+    _refuse_existing(out)
+    if plot is not None:
+        _refuse_existing(plot)
+        figure()
+    params = jaxprune.load(model, dtype=dtype)
+    progress = out.with_name(out.name + ".progress")
+    recipe = run(params, data, progress_file=progress, **settings)
+    jaxprune.save_recipe(recipe, out)
+    if plot is not None:
+        plot_recipe(recipe, params.config, plot)
+    if as_json:
+        print(json.dumps(dataclasses.asdict(recipe)))
+        return
+    reached = ", ".join(f"{name} {value:.4g}" for name, value in recipe.reached.items())
+    print(
+        f"{out}: {recipe.method}, {recipe.calibration['samples']} samples, "
+        f"{recipe.calibration['seconds']:.1f} s. Reached: {reached}."
+    )
+
+
+def _refuse_existing(path: pathlib.Path) -> None:
+    if path.exists():
+        raise UserError(f"{path} exists; name a file that does not, nothing is overwritten.")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"{path.absolute().parent} is no directory; make it first.")
 
 
 @app.command()

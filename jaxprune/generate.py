@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune.accounting import Cost, executed, prompt_cost
 from jaxprune.errors import UserError
 from jaxprune.loading import Params
 from jaxprune.methods import Plan, RandomPlaces, VisionMethod, depth_of, resolve
@@ -32,6 +33,7 @@ from jaxprune.processing import Processor, decode_text, pixel_values
 from jaxprune.request import (
     Layout,
     Request,
+    Row,
     lay_out,
     make_request,
     row_lengths,
@@ -60,6 +62,8 @@ class Answer:
             order; -1 for a token that stands for several.
         kept_by_layer: for each decoder layer that drops tokens, for each image, the patches
             that are left behind it.
+        cost: tokens, multiply-adds and cache bytes in every decoder layer, exact and as
+            executed in padded shapes.
         seconds: wall time of the whole batch by stage: "preprocess", "encode", "select",
             "prefill", "decode". A first call includes compilation.
     """
@@ -72,6 +76,7 @@ class Answer:
     unpruned_visual_tokens: list[int]
     kept_indices: list[np.ndarray]
     kept_by_layer: dict[int, list[np.ndarray]]
+    cost: Cost
     seconds: dict[str, float]
 
 
@@ -305,9 +310,7 @@ def generate(
     chunk = STOP_CHECK_EVERY if run.stop else run.max_new_tokens
     while not run.finished:
         run.advance(chunk)
-    answers: list[Any] = run.answers()
-    if not return_details:
-        answers = [answer.text for answer in answers]
+    answers: list[Any] = run.answers() if return_details else run.texts()
     return answers[0] if run.request.single else answers
 
 
@@ -366,7 +369,7 @@ def _pieces(run: "_Run", chunk_tokens: int) -> Iterator[Any]:
     run.start()
     sent = [""] * len(run.request.rows)
     while True:
-        texts = [answer.text for answer in run.answers()]
+        texts = run.texts()
         if not run.finished:
             texts = [run.safe_part(text) for text in texts]
         pieces = [new[len(old) :] for old, new in zip(sent, texts, strict=True)]
@@ -511,10 +514,15 @@ class _Run:
     def finished(self) -> bool:
         if self.step >= self.max_new_tokens:
             return True
-        return all(answer.finish_reason != "length" for answer in self.answers())
+        rows = range(len(self.request.rows))
+        return all(self._text(b)[2] != "length" for b in rows)
+
+    def texts(self) -> list[str]:
+        """The answers so far."""
+        return [self._text(b)[0] for b in range(len(self.request.rows))]
 
     def answers(self) -> list[Answer]:
-        """The answers so far; a row that goes on has the finish reason "length"."""
+        """The answers so far in detail; a row that goes on has the finish reason "length"."""
         return [self._answer(b) for b in range(len(self.request.rows))]
 
     def safe_part(self, text: str) -> str:
@@ -577,14 +585,19 @@ class _Run:
         self.step = int(fetched[0])
         self.tokens, self.lengths, self.done = (array[:rows] for array in fetched[1:])
 
-    def _answer(self, b: int) -> Answer:
-        row = self.request.rows[b]
+    def _text(self, b: int) -> tuple[str, list[int], str]:
+        """Text, token ids and finish reason of a row so far."""
         ids = self.tokens[b, : self.lengths[b]].tolist()
         text, reason = decode_text(self.processor, ids), "eos" if self.done[b] else "length"
         # Of several stop strings the one that is complete first, however far decoding went on.
         found = [(text.find(s) + len(s), text.find(s)) for s in self.stop if s in text]
         if found:
             text, reason = text[: min(found)[1]], "stop"
+        return text, ids, reason
+
+    def _answer(self, b: int) -> Answer:
+        row = self.request.rows[b]
+        text, ids, reason = self._text(b)
         first = int(self.config.keep_cls)
         indices = self.indices if self.indices is not None else np.zeros((0, 0), np.int32)
         kept = [indices[i, first : self.counts[i]] for i in row.images]
@@ -597,6 +610,7 @@ class _Run:
             unpruned_visual_tokens=[self.config.num_image_tokens] * len(row.images),
             kept_indices=kept,
             kept_by_layer=self._kept_by_layer(b),
+            cost=self._cost(row),
             seconds=dict(self.seconds),
         )
 
@@ -608,7 +622,7 @@ class _Run:
         first = int(self.config.keep_cls)
         for layer, (positions, valid) in zip(self.schedule.layers, self.survivors, strict=True):
             # Before anything is dropped, a token's position is its slot.
-            slots = np.asarray(positions[b])[np.asarray(valid[b])]
+            slots = np.asarray(positions)[b][np.asarray(valid)[b]]
             visual = self.layout.visual_index[b, slots]
             image, place = np.divmod(visual[visual >= 0], max(self.capacity, 1))
             found[layer] = [
@@ -616,6 +630,18 @@ class _Run:
                 for i in self.request.rows[b].images
             ]
         return found
+
+    def _cost(self, row: Row) -> Cost:
+        found = prompt_cost(
+            self.config,
+            self.plan,
+            text_tokens=text_length(row),
+            unpruned_visual_tokens=self.config.num_image_tokens * len(row.images),
+            visual_tokens=visual_length(row, self.counts),
+        )
+        slots, new = self.layout.token_ids.shape[1], self.state.tokens.shape[1]
+        run = executed(self.config, slots, self.schedule, new_slots=new)
+        return dataclasses.replace(found, executed=run)
 
     def _timed(self, stage: str) -> "_Timer":
         return _Timer(self.seconds, stage)
