@@ -8,7 +8,7 @@ Three stages:
     look-up  projector and decoder on answers, the tower at rest, with a few of the patches
              of each image: finding the right one among 24 is learned much sooner than
              among 144, which by itself stays on a plateau for thousands of steps;
-    answers  everything, all patches, the vision losses kept on.
+    answers  the same with all patches.
 One row of the later stages asks several questions about one image: the questions share the
 image's tokens and do not see each other, so an image is encoded and read once for all.
 
@@ -343,8 +343,8 @@ def loss_function(
     features, loss, metrics = vision_losses(params, config, batch)
     if not stage.answers:
         return loss, metrics
-    if stage.patches is not None:
-        features, loss = jax.lax.stop_gradient((features, loss))
+    # The tower rests: it has learned to see, and answers would make it forget first.
+    features, loss = jax.lax.stop_gradient((features, loss))
     visual = llava.project(params["model"], config, features)
     alignment = word_loss(params, visual, batch["patches"], words)
     places = jnp.broadcast_to(jnp.arange(visual.shape[1]), visual.shape[:2])
@@ -378,39 +378,32 @@ class Stage:
     Attributes:
         steps: how many.
         batch: images a step.
-        answers: train on answers too, not on the vision losses alone.
-        patches: show the decoder so many patches of an image and leave the tower at rest;
-            None shows all and trains all.
-        tower_share: the tower's share of the learning rate. A tower that has learned to
-            see is moved gently: at the full rate it forgets first.
+        rate: the learning rate's peak.
+        answers: train projector and decoder on answers; without, the tower on its losses.
+        patches: show the decoder so many patches of an image; None shows all.
     """
 
     name: str
     steps: int
     batch: int
+    rate: float
     answers: bool = True
     patches: int | None = None
-    tower_share: float = 1.0
 
 
 def optimizer(stage: Stage) -> optax.GradientTransformation:
     """AdamW for the tower alone; Muon, which leaves plateaus sooner, for the rest."""
 
-    def rate(peak: float) -> optax.Schedule:
-        warmup = min(100, stage.steps // 10)
+    def rate(share: float) -> optax.Schedule:
+        warmup, peak = min(100, stage.steps // 10), share * stage.rate
         return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, stage.steps)
 
-    def is_tower(params: dict) -> dict:
-        return jax.tree_util.tree_map_with_path(
-            lambda path, _: any(getattr(e, "key", None) == "vision_tower" for e in path), params
-        )
-
     if stage.answers:
-        inner = optax.contrib.muon(rate(2e-2), adam_b2=0.98, adam_learning_rate=rate(2e-3))
+        # Weights without a gradient do not move: neither has a decay.
+        inner = optax.contrib.muon(rate(1.0), adam_b2=0.98, adam_learning_rate=rate(0.1))
     else:
-        inner = optax.adamw(rate(1.5e-3), b2=0.98, weight_decay=0.02)
-    share = optax.masked(optax.scale(stage.tower_share), is_tower)
-    return optax.chain(optax.clip_by_global_norm(1.0), inner, share)
+        inner = optax.adamw(rate(1.0), b2=0.98, weight_decay=0.02)
+    return optax.chain(optax.clip_by_global_norm(1.0), inner)
 
 
 def init_params(config: llava.LlavaConfig, seed: int) -> dict:
@@ -567,7 +560,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vision-steps", type=int, default=2200)
     parser.add_argument("--look-up-steps", type=int, default=1500)
-    parser.add_argument("--steps", type=int, default=2200)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--vision-batch", type=int, default=32)
     parser.add_argument("--batch", type=int, default=16)
     args = parser.parse_args()
@@ -581,9 +574,15 @@ def main() -> None:
     config = small_config()
     params = init_params(config, args.seed)
     stages = (
-        Stage(name="vision", steps=args.vision_steps, batch=args.vision_batch, answers=False),
-        Stage(name="look-up", steps=args.look_up_steps, batch=args.batch, patches=24),
-        Stage(name="answers", steps=args.steps, batch=args.batch, tower_share=0.05),
+        Stage(
+            name="vision",
+            steps=args.vision_steps,
+            batch=args.vision_batch,
+            rate=1.5e-3,
+            answers=False,
+        ),
+        Stage(name="look-up", steps=args.look_up_steps, batch=args.batch, rate=2e-2, patches=24),
+        Stage(name="answers", steps=args.steps, batch=args.batch, rate=1e-2),
     )
     for i, stage in enumerate(stages):
         params = train_stage(stage, params, config, tokenizer, args.out, args.seed + i)

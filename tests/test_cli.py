@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from PIL import Image
 
 import jaxprune
 from jaxprune import scenes
@@ -79,3 +80,47 @@ def test_mistakes_end_with_code_2_and_no_traceback(arguments, message, tmp_path)
     assert "Traceback" not in done.stderr
     assert message in " ".join(done.stderr.split())
     assert not list(tmp_path.iterdir())
+
+
+def test_calibrate_show_and_use(tmp_path):
+    demo = jaxprune.DEMO_IMAGE
+    recipe, plot, picture = (tmp_path / name for name in ("r.json", "r.png", "kept.png"))
+    data = tmp_path / "data.jsonl"
+    line = {"image": str(demo), "question": "What color is the star?", "answer": "red"}
+    data.write_text("\n".join([json.dumps(line)] * 3))
+    fit = ["calibrate", "--method", "fitprune", "--save", "0.5", "--data", str(data)]
+    done = run(*fit, "--out", recipe, "--plot", plot)
+    assert done.returncode == 0, done.stderr
+    assert "save_in_fit" in done.stdout
+    assert plot.stat().st_size > 5000
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["data.jsonl", "r.json", "r.png"]
+
+    again = run(*fit, "--out", recipe)
+    assert again.returncode == 2 and "nothing is overwritten" in again.stderr
+
+    ask = ["--image", demo, "--prompt", "What color is the star?", "--method"]
+    shown = run("show", *ask, recipe, "--out", picture)
+    assert shown.returncode == 0, shown.stderr
+    with Image.open(picture) as image:
+        assert image.width > 2 * image.height
+    answer = run("generate", *ask, f"uniform,{recipe}", "--keep", "72", "--json")
+    assert answer.returncode == 0, answer.stderr
+    found = json.loads(answer.stdout)
+    assert found["cost"]["saved"]["macs"] > 0.4
+    assert len(found["kept_by_layer"]) >= 1
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["calibrate", "--method", "fitprune", "--out", "x.json"], "needs save"),
+        (["calibrate", "--method", "gsearch", "--out", "no/x.json"], "is no directory"),
+        (["cost", "--method", "fitprune", "--save", "0.6"], "make one with `jaxprune calibrate`"),
+        (["cost", "--method", "prumerge,uniform", "--keep", "3"], "are vision-side"),
+    ],
+)
+def test_decoder_side_mistakes(arguments, message, tmp_path):
+    done = run(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr

@@ -65,13 +65,14 @@ class FitPrune(DecoderMethod):
             raise UserError(f"scaling is {self.scaling!r}; expected 'kept' or 'authors'.")
         if self.deletions is None:
             return
-        object.__setattr__(self, "deletions", tuple(self.deletions))
-        whole = all(type(t) is int and t >= 0 for t in self.deletions)
+        listed = isinstance(self.deletions, tuple | list)
+        whole = listed and all(type(t) is int and t >= 0 for t in self.deletions)
         if not whole or type(self.num_tokens) is not int or self.num_tokens < sum(self.deletions):
             raise UserError(
-                f"deletions are {list(self.deletions)} with num_tokens={self.num_tokens!r}; "
+                f"deletions are {self.deletions!r} with num_tokens={self.num_tokens!r}; "
                 "expected whole numbers, together at most num_tokens."
             )
+        object.__setattr__(self, "deletions", tuple(self.deletions))
 
     @property
     def score(self) -> Score:

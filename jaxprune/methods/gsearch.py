@@ -17,7 +17,7 @@ prompt's last token alone, as FastV does. The paper leaves the queries open.
 import dataclasses
 import itertools
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from jaxprune import recipes
 from jaxprune.errors import UserError
@@ -54,8 +54,8 @@ class GSearch(KeepRates):
         check_queries(self.queries)
         if self.keep_rates is None:
             return
-        object.__setattr__(self, "keep_rates", tuple(map(float, self.keep_rates)))
         check_rates(self.keep_rates)
+        object.__setattr__(self, "keep_rates", tuple(map(float, self.keep_rates)))
 
     @property
     def score(self) -> Score:
@@ -74,12 +74,13 @@ class GSearch(KeepRates):
         return rates
 
 
-def check_rates(rates: tuple[float, ...]) -> None:
+def check_rates(rates: Any) -> None:
     """Raise `UserError` unless `rates` start with 1, never increase and stay above 0."""
-    falling = all(a >= b for a, b in itertools.pairwise(rates))
-    if not rates or rates[0] != 1 or not falling or not rates[-1] >= 0:
+    numbers = isinstance(rates, tuple | list) and all(isinstance(r, int | float) for r in rates)
+    falling = numbers and all(a >= b for a, b in itertools.pairwise(rates))
+    if not falling or not rates or rates[0] != 1 or not rates[-1] >= 0:
         raise UserError(
-            f"keep_rates are {list(rates)}; expected one a layer from 1 down to 0, the first "
+            f"keep_rates are {rates!r}; expected one a layer from 1 down to 0, the first "
             "one 1, none larger than the one before."
         )
 
