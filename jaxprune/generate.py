@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.accounting import Cost, executed, prompt_cost
+from jaxprune.checkpoints_convert.plan import flat_shapes, flatten
 from jaxprune.errors import UserError
 from jaxprune.loading import Params
 from jaxprune.methods import Plan, RandomPlaces, VisionMethod, depth_of, resolve
@@ -681,6 +682,25 @@ def _resolve(method: Any, config: Any, seed: Any, options: dict[str, Any]) -> Pl
     return resolve(method, config, **options)
 
 
+def _check_arrays(params: Mapping[str, Any], config: Any) -> None:
+    """Raise `UserError` unless bare params have the names and shapes of the config's model."""
+    expected = flat_shapes(config)
+    try:
+        found = flatten(dict(params))
+    except (AttributeError, TypeError):
+        raise UserError("params are no nested dicts of arrays; expected what load gives.") from None
+    shapes = {path: getattr(leaf, "shape", None) for path, leaf in found.items()}
+    wrong = [
+        f"{path} is {shapes.get(path, 'missing')}, expected {leaf.shape}"
+        for path, leaf in expected.items()
+        if shapes.get(path) != leaf.shape
+    ]
+    wrong += [f"{path} is unknown" for path in found if path not in expected]
+    if wrong:
+        more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise UserError(f"params do not fit the config: {'; '.join(wrong[:3])}{more}.")
+
+
 def _unpack(
     params: Params | Mapping[str, Any], config: Any, processor: Processor | None
 ) -> tuple[dict[str, Any], Any, Processor]:
@@ -693,12 +713,10 @@ def _unpack(
             f"params is a {type(params).__name__}; expected what jaxprune.load gives, or a "
             "nested dict of arrays."
         )
-    if config is None or processor is None:
+    elif config is None or processor is None:
         raise UserError("Bare params need config= and processor=; jaxprune.load gives all three.")
-    missing = {"vision_tower", "multi_modal_projector", "language_model"} - set(params)
-    if missing:
-        raise UserError(f"params lack {', '.join(sorted(missing))}; expected all three parts.")
+    else:
+        _check_arrays(params, config)
     if not isinstance(processor, Processor):
         raise UserError(f"processor is a {type(processor).__name__}; expected a Processor.")
-    family(config)
     return dict(params), config, processor

@@ -20,9 +20,9 @@ would throw away anyway, but at the size of the resized strip."""
 def load_image(image: Any) -> Image.Image:
     """A path, PIL image or uint8 array `[H, W]`, `[H, W, 1]`, `[H, W, 3]` or `[H, W, 4]`, as RGB.
 
-    Animations give their first frame; 16-bit images are scaled to 8; CMYK, palette and
-    grey images are converted; transparency is dropped, as `transformers` does; a file's
-    EXIF orientation is applied.
+    Animations give their first frame; 16-bit images are scaled to 8, floats in [0, 1] to 255;
+    CMYK, palette and grey images are converted; transparency is dropped, as `transformers`
+    does; a file's EXIF orientation is applied.
 
     Raises:
         UserError: for what is no image, is damaged, or is larger than `MAX_PIXELS`.
@@ -92,8 +92,11 @@ def _check_size(image: Image.Image, name: str) -> None:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F" or image.mode.startswith("I"):
         levels = np.asarray(image, np.float64)
-        if levels.max(initial=0) > 255:  # 16 bits, which Pillow would clip rather than scale
-            levels = levels / 257
+        most = levels.max(initial=0)
+        if image.mode.startswith("I;16") or most > 255:
+            levels = levels / 257  # 16 bits, which Pillow would clip rather than scale
+        elif image.mode == "F" and levels.min(initial=0) >= 0 and most <= 1:
+            levels = levels * 255
         image = Image.fromarray(np.clip(np.rint(levels), 0, 255).astype(np.uint8))
     return _crop_strip(image.convert("RGB"))
 

@@ -84,6 +84,11 @@ def export(params: Params, directory: Any, *, show_progress: bool | None = None)
     Raises:
         jaxprune.UserError: when `directory` exists or cannot be written.
     """
+    if not isinstance(params, Params):
+        raise UserError(
+            f"params is a {type(params).__name__}; expected what jaxprune.load gives. For bare "
+            "arrays there is jaxprune.checkpoints_convert.export."
+        )
     if params.config.image_token_index < 0:
         raise UserError(
             "The model came from LLaVA's original format, whose tokenizer has no image token; "

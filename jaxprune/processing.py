@@ -57,14 +57,25 @@ def pixel_values(processor: Processor, images: Sequence[Image.Image], size: int)
         UserError: when the processor's crop is not what the vision tower takes.
     """
     arrays = [np.asarray(image) for image in images]
-    found = processor.image_processor(arrays, input_data_format="channels_last")["pixel_values"]
-    pixels = np.stack([np.asarray(x, np.float32) for x in found]).transpose(0, 2, 3, 1)
-    if pixels.shape[1:] != (size, size, 3):
+    try:
+        found = processor.image_processor(arrays, input_data_format="channels_last")["pixel_values"]
+        each = [np.asarray(x, np.float32).transpose(1, 2, 0) for x in found]
+    except Exception as error:  # whatever transformers makes of odd settings
         raise UserError(
-            f"The image processor gives {pixels.shape[1]} x {pixels.shape[2]} pixels, but the "
-            f"vision tower takes {size} x {size}; preprocessor_config.json is of another model."
-        )
-    return pixels
+            f"The image processor fails ({_first_line(error)}); check preprocessor_config.json."
+        ) from None
+    for pixels in each:
+        if pixels.shape != (size, size, 3):
+            raise UserError(
+                f"The image processor gives {pixels.shape[0]} x {pixels.shape[1]} pixels, but the "
+                f"vision tower takes {size} x {size}; preprocessor_config.json is of another model."
+            )
+        if not np.isfinite(pixels).all():
+            raise UserError(
+                "The image processor gives pixels that are not finite; check image_std in "
+                "preprocessor_config.json."
+            )
+    return np.stack(each)
 
 
 def as_messages(prompt: Any, num_images: int) -> list[Message]:
@@ -196,6 +207,10 @@ def tokenize(processor: Processor, text: str, num_images: int) -> list[list[int]
         UserError: when the placeholders in `text` are not as many as the images.
     """
     check_placeholders(text.count(IMAGE_PLACEHOLDER), num_images)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"The prompt is no valid text ({error}); repair its encoding.") from None
     tokenizer = processor.tokenizer
     bos = tokenizer.bos_token
     add_bos = not (bos and text.startswith(bos))

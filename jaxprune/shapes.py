@@ -45,11 +45,13 @@ class Buckets:
             if field.name == "schedule_lengths":
                 continue
             sizes = getattr(self, field.name)
-            if not sizes or list(sizes) != sorted(set(sizes)) or sizes[0] < 1:
+            listed = isinstance(sizes, tuple | list) and all(type(n) is int for n in sizes)
+            if not listed or not sizes or list(sizes) != sorted(set(sizes)) or sizes[0] < 1:
                 raise UserError(
                     f"The buckets for {field.name} are {sizes!r}; expected ascending positive "
-                    "whole numbers."
+                    "whole numbers in a tuple."
                 )
+            object.__setattr__(self, field.name, tuple(sizes))
         distinct = self.schedule_lengths
         if distinct is not None and (not isinstance(distinct, int) or distinct < 1):
             raise UserError(

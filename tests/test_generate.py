@@ -381,3 +381,26 @@ def test_params_are_checked(params, message):
 def test_chunk_is_checked(tiny_model):
     with pytest.raises(jaxprune.UserError, match="chunk_tokens is 0"):
         jaxprune.stream(tiny_model, None, "Hello", chunk_tokens=0)
+
+
+def test_bare_params_are_checked(tiny_model):
+    fields = {"config": tiny_model.config, "processor": tiny_model.processor, "max_new_tokens": 1}
+    arrays = jax.tree.map(lambda x: x, tiny_model.arrays)
+    arrays["language_model"]["norm"]["scale"] = np.zeros(3)
+    arrays["language_model"]["extra"] = np.zeros(3)
+    with pytest.raises(
+        jaxprune.UserError, match=r"norm/scale is \(3,\), expected \(48,\).*extra is unknown"
+    ):
+        jaxprune.generate(arrays, None, "What?", **fields)
+    for odd, message in [
+        ({}, "is missing"),
+        ({"vision_tower": 3}, "is missing"),
+        ([], "is a list"),
+    ]:
+        with pytest.raises(jaxprune.UserError, match=message):
+            jaxprune.generate(odd, None, "What?", **fields)
+
+
+def test_half_characters_are_refused(tiny_model):
+    with pytest.raises(jaxprune.UserError, match="no valid text"):
+        jaxprune.generate(tiny_model, None, "What \ud800?")

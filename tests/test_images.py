@@ -94,3 +94,13 @@ def test_broken_files_are_named(tmp_path, rgb):
         load_image(tmp_path / "none.png")
     with pytest.raises(jaxprune.UserError, match="is a directory"):
         load_image(tmp_path)
+
+
+def test_levels_of_deep_images():
+    """16 bits are 16 bits however dark; floats are read as [0, 1] where they fit into it."""
+    dark = Image.fromarray(np.full((4, 4), 200, np.uint16))
+    assert np.asarray(load_image(dark)).max() == 1
+    half = Image.fromarray(np.full((4, 4), 0.5, np.float32))
+    assert np.asarray(load_image(half)).max() == 128
+    levels = Image.fromarray(np.full((4, 4), 77.0, np.float32))
+    assert np.asarray(load_image(levels)).max() == 77

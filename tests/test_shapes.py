@@ -10,7 +10,7 @@ def test_the_smallest_bucket_that_fits():
         buckets.fit("batch", 5)
 
 
-@pytest.mark.parametrize("sizes", [(), (4, 2), (0, 1), (2, 2)])
+@pytest.mark.parametrize("sizes", [(), (4, 2), (0, 1), (2, 2), 5, None, (1, 2.5), "12"])
 def test_lists_are_checked(sizes):
     with pytest.raises(jaxprune.UserError, match="ascending"):
         jaxprune.Buckets(text=sizes)

@@ -104,6 +104,9 @@ def _open_bin(path: pathlib.Path) -> Iterator[StoredTensor]:
             return lambda: tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
         return lambda: tensor.contiguous().numpy()
 
+    for name in ("state_dict", "model_state_dict"):  # how training loops wrap their weights
+        if isinstance(state, dict) and isinstance(state.get(name), dict):
+            state = state[name]
     if not isinstance(state, dict) or not all(isinstance(x, torch.Tensor) for x in state.values()):
         raise UserError(f"{path} holds no plain dict of tensors; expected a state dict.")
     for key, tensor in state.items():

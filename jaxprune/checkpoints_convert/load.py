@@ -50,6 +50,8 @@ def load_checkpoint(
     Raises:
         UserError: for anything wrong with the directory; see `make_plan`.
     """
+    if mesh is not None and not isinstance(mesh, jax.sharding.Mesh):
+        raise UserError(f"mesh is a {type(mesh).__name__}; expected a jax.sharding.Mesh.")
     directory = existing_directory(directory)
     dtype = _resolve_dtype(dtype, directory)
     config = read_config(directory, dtype=dtype, vision_tower=vision_tower)
@@ -93,7 +95,10 @@ def existing_directory(directory: Any) -> pathlib.Path:
 
 
 def _resolve_dtype(dtype: str, directory: pathlib.Path) -> str:
-    name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
+    try:
+        name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
+    except TypeError:  # not even numpy knows it
+        name = ""
     if name in DTYPES:
         return name
     if name != "auto":

@@ -1,6 +1,7 @@
 """A checkpoint checked against its model, from headers alone."""
 
 import dataclasses
+import functools
 import pathlib
 from typing import Any
 
@@ -55,6 +56,7 @@ def _all_finite(array: np.ndarray) -> bool:
     return not bool(((array.view(np.uint16) & exponent) == exponent).any())
 
 
+@functools.lru_cache(maxsize=16)
 def flat_shapes(config: Any) -> dict[str, jax.ShapeDtypeStruct]:
     """The model's parameters by path, "language_model/layers_0/mlp/up_proj/kernel"."""
     return flatten(family(config).param_shapes(config))

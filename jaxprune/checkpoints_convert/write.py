@@ -232,6 +232,8 @@ def _token_ids(companions: pathlib.Path | None) -> dict[str, Any]:
 @contextlib.contextmanager
 def _new_directory(directory: Any) -> Iterator[pathlib.Path]:
     """A directory that appears under its name only once it is complete."""
+    if not isinstance(directory, str | pathlib.Path):
+        raise UserError(f"The destination is a {type(directory).__name__}; expected a path.")
     target = pathlib.Path(directory).expanduser()
     if target.exists():
         raise UserError(f"{target} exists; name a directory that does not, nothing is overwritten.")

@@ -1,5 +1,7 @@
 """Reading a Hugging Face `config.json` strictly: an unknown field is refused, not ignored."""
 
+import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,16 +41,41 @@ def refuse_unknown(fields: Mapping[str, Any], handled: set[str], where: str) -> 
 def require(fields: Mapping[str, Any], name: str, allowed: tuple, where: str, default: Any) -> Any:
     """The value of `fields[name]`, refused when it is none of `allowed`."""
     value = fields.get(name, default)
-    if value not in allowed:
+    if not isinstance(value, str | int | None) or value not in allowed:
         raise UserError(
             f"{where} has {name}={value!r}; supported: {', '.join(repr(a) for a in allowed)}."
         )
     return value
 
 
-def require_sizes(config: Any, names: tuple[str, ...], where: str) -> None:
-    """Raise `UserError` unless each named attribute of `config` is a positive int."""
-    for name in names:
-        value = getattr(config, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise UserError(f"{where} has {name}={value!r}; expected a positive whole number.")
+def require_types(config: Any, where: str) -> None:
+    """Raise `UserError` unless every attribute of a config dataclass has its declared type.
+
+    Whole numbers have to be positive, and so have other numbers: none of the sizes, factors
+    and epsilons of these models may be zero.
+    """
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.type is bool and not isinstance(value, bool):
+            raise UserError(f"{where} has {field.name}={value!r}; expected true or false.")
+        if field.type is int and (type(value) is not int or value < 1):
+            raise UserError(f"{where} has {field.name}={value!r}; expected a positive whole number.")
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if field.type is float and not (number and 0 < value < math.inf):
+            raise UserError(f"{where} has {field.name}={value!r}; expected a positive number.")
+        if field.type is str and not isinstance(value, str):
+            raise UserError(f"{where} has {field.name}={value!r}; expected a text.")
+
+
+def mapping(fields: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
+    """The object `fields[name]`; empty where it is absent or null.
+
+    Raises:
+        UserError: when it is something else.
+    """
+    value = fields.get(name)
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise UserError(f"{where} has {name}={value!r}; expected an object.")
+    return dict(value)

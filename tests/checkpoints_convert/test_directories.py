@@ -104,11 +104,47 @@ def test_another_architecture(directory):
         ({"tile_size": 3}, "does not handle: tile_size"),
         ({"text_config": {"model_type": "gemma"}}, "'gemma'; supported: 'llama'"),
         ({"vision_config": {"model_type": "siglip_vision_model"}}, "'siglip_vision_model'"),
+        ({"image_token_index": "four"}, "image_token_index='four'; expected a whole number"),
+        ({"multimodal_projector_bias": "yes"}, "expected true or false"),
+        ({"text_config": [3]}, "text_config=.3.; expected an object"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings='false'; expected true or false"),
+        ({"projector_hidden_act": ["gelu"]}, "projector_hidden_act=..gelu.."),
     ],
 )
 def test_configs_are_read_strictly(directory, fields, message):
     change_config(directory, **fields)
     refused(directory, message)
+
+
+@pytest.mark.parametrize(
+    "part, fields, message",
+    [
+        ("text_config", {"rope_theta": "x"}, "rope_theta='x'; expected a positive number"),
+        ("text_config", {"rope_parameters": [1]}, "rope_parameters=.1.; expected an object"),
+        ("text_config", {"rope_scaling": {"type": "linear", "factor": "2"}}, "factor='2'"),
+        ("text_config", {"rope_scaling": {"type": "linear", "factor": -2}}, "factor=-2"),
+        ("text_config", {"rope_scaling": {"type": ["linear"]}}, "RoPE scaling"),
+        ("text_config", {"rms_norm_eps": -1}, "rms_norm_eps=-1; expected a positive number"),
+        ("text_config", {"attention_bias": "false"}, "attention_bias='false'; expected true"),
+        ("text_config", {"num_attention_heads": "4", "head_dim": None}, "num_attention_heads='4'"),
+        ("text_config", {"num_attention_heads": 0, "head_dim": None}, "num_attention_heads=0"),
+        ("text_config", {"hidden_size": "48", "head_dim": None}, "hidden_size='48'"),
+        ("vision_config", {"layer_norm_eps": None}, "layer_norm_eps=None; expected a positive"),
+        ("vision_config", {"patch_size": 8.5}, "patch_size=8.5; expected a positive whole number"),
+    ],
+)
+def test_values_of_the_wrong_type(directory, part, fields, message):
+    old = json.loads((directory / "config.json").read_text())[part]
+    old = {name: value for name, value in old.items() if name != "rope_parameters"}
+    change_config(directory, **{part: old | fields})
+    refused(directory, message)
+
+
+def test_rotating_all_of_a_head_is_nothing_special(directory):
+    text = json.loads((directory / "config.json").read_text())["text_config"]
+    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0}
+    change_config(directory, text_config=text | {"rope_parameters": rope})
+    assert jaxprune.load(directory).config.text_config.rope_scaling.kind == "default"
 
 
 @pytest.mark.parametrize("kind", ["yarn", "longrope", "su"])
@@ -182,6 +218,38 @@ def test_export_and_load_give_the_same_arrays(tiny_model, tmp_path):
     found = jaxprune.load(tmp_path / "out")
     assert found.config == tiny_model.config
     jax.tree.map(np.testing.assert_array_equal, found.arrays, tiny_model.arrays)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda d: jaxprune.load(d, mesh=3), "mesh is a int; expected a jax.sharding.Mesh"),
+        (lambda d: jaxprune.load(d, dtype=object()), "expected one of: auto, float32"),
+        (lambda d: jaxprune.export({}, "x"), "params is a dict; expected what jaxprune.load gives"),
+        (lambda d: jaxprune.export(jaxprune.load(d), None), "destination is a NoneType"),
+        (lambda d: checkpoints_convert.convert(None, "x"), "directory is a NoneType"),
+        (lambda d: checkpoints_convert.convert(d, None), "destination is a NoneType"),
+    ],
+)
+def test_arguments_of_the_wrong_type(directory, call, message):
+    with pytest.raises(jaxprune.UserError, match=message):
+        call(directory)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"image_std": [0, 0, 0]}, "not finite; check image_std"),
+        ({"image_std": "x"}, "image processor fails"),
+        ({"do_center_crop": False}, "the vision tower takes 32 x 32"),
+    ],
+)
+def test_odd_image_processors(directory, fields, message):
+    path = directory / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    images = [np.zeros(shape, np.uint8) for shape in ((40, 60, 3), (60, 40, 3))]
+    with pytest.raises(jaxprune.UserError, match=message):
+        jaxprune.generate(jaxprune.load(directory), images, "What?", max_new_tokens=1)
 
 
 def test_dtype_is_checked(directory):

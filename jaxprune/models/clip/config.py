@@ -6,7 +6,7 @@ from typing import Any
 
 from jaxprune.errors import UserError
 from jaxprune.models.activations import ACTIVATIONS
-from jaxprune.models.config import refuse_unknown, require, require_sizes
+from jaxprune.models.config import refuse_unknown, require, require_types
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,8 +24,7 @@ class ClipVisionConfig:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        require_sizes(self, (*sizes, "image_size", "patch_size"), "the CLIP vision config")
+        require_types(self, "The CLIP vision config")
         if self.hidden_size % self.num_attention_heads:
             raise UserError(
                 f"The CLIP vision config has hidden_size={self.hidden_size}, which its "

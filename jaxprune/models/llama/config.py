@@ -6,7 +6,7 @@ from typing import Any
 
 from jaxprune.errors import UserError
 from jaxprune.models.activations import ACTIVATIONS
-from jaxprune.models.config import refuse_unknown, require, require_sizes
+from jaxprune.models.config import mapping, refuse_unknown, require, require_types
 
 _WHERE = "The LLaMA config"
 _SCALING_FIELDS = {
@@ -32,13 +32,18 @@ class RopeScaling:
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
 
+    def __post_init__(self) -> None:
+        require_types(self, f"{_WHERE}, {self.kind!r} RoPE scaling")
+
     @classmethod
     def from_hf(cls, fields: Mapping[str, Any]) -> "RopeScaling":
         """From `rope_scaling` (transformers 4) or `rope_parameters` (5), theta aside."""
         fields = dict(fields)
         old_name = fields.pop("type", "default")
         kind = fields.pop("rope_type", old_name)
-        if kind not in _SCALING_FIELDS:
+        if fields.get("partial_rotary_factor") == 1:
+            del fields["partial_rotary_factor"]  # all of a head is rotated, as always here
+        if not isinstance(kind, str) or kind not in _SCALING_FIELDS:
             raise UserError(
                 f"{_WHERE} has RoPE scaling {kind!r}; supported: {', '.join(_SCALING_FIELDS)}."
             )
@@ -78,17 +83,7 @@ class LlamaConfig:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        sizes = (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-            "max_position_embeddings",
-        )
-        require_sizes(self, sizes, _WHERE)
+        require_types(self, _WHERE)
         if self.num_attention_heads % self.num_key_value_heads:
             raise UserError(
                 f"{_WHERE} has {self.num_attention_heads} attention heads, which its "
@@ -116,10 +111,13 @@ class LlamaConfig:
         refuse_unknown(fields, names | {"rope_parameters", "max_sequence_length"}, _WHERE)
         require(fields, "hidden_act", tuple(ACTIVATIONS), _WHERE, "silu")
 
-        rope = dict(fields.get("rope_parameters") or fields.get("rope_scaling") or {})
-        theta = rope.pop("rope_theta", None) or fields.get("rope_theta") or 10000.0
+        rope = mapping(fields, "rope_parameters", _WHERE) or mapping(fields, "rope_scaling", _WHERE)
+        theta = rope.pop("rope_theta", None)
+        if theta is None:
+            theta = fields.get("rope_theta")
         heads = fields.get("num_attention_heads", 32)
         hidden_size = fields.get("hidden_size", 4096)
+        divisible = type(heads) is int and type(hidden_size) is int and heads > 0
         defaults = {
             "vocab_size": 32000,
             "max_position_embeddings": 2048,
@@ -128,8 +126,9 @@ class LlamaConfig:
         given = {name: fields[name] for name in names if fields.get(name) is not None}
         computed = {
             "num_key_value_heads": fields.get("num_key_value_heads") or heads,
-            "head_dim": fields.get("head_dim") or hidden_size // max(heads, 1),
-            "rope_theta": float(theta),
+            # Sizes that are none are refused by name below.
+            "head_dim": fields.get("head_dim") or (hidden_size // heads if divisible else 1),
+            "rope_theta": 10000.0 if theta is None else theta,
             "rope_scaling": RopeScaling.from_hf(rope),
             "dtype": dtype,
         }

@@ -7,7 +7,7 @@ from typing import Any
 from jaxprune.errors import UserError
 from jaxprune.models.activations import ACTIVATIONS
 from jaxprune.models.clip.config import ClipVisionConfig
-from jaxprune.models.config import refuse_unknown, require
+from jaxprune.models.config import mapping, refuse_unknown, require
 from jaxprune.models.llama.config import LlamaConfig
 
 _WHERE = "The LLaVA config"
@@ -26,6 +26,15 @@ class LlavaConfig:
     multimodal_projector_bias: bool = True
 
     def __post_init__(self) -> None:
+        if type(self.image_token_index) is not int:
+            raise UserError(
+                f"{_WHERE} has image_token_index={self.image_token_index!r}; expected a whole number."
+            )
+        if not isinstance(self.multimodal_projector_bias, bool):
+            raise UserError(
+                f"{_WHERE} has multimodal_projector_bias={self.multimodal_projector_bias!r}; "
+                "expected true or false."
+            )
         layers = self.vision_config.num_hidden_layers
         for index in self.feature_layers:
             if not -layers - 1 <= index <= layers:
@@ -91,12 +100,12 @@ class LlavaConfig:
 
         # Without a vision config LLaVA's tower is ViT-L/14 at 336 pixels; a size that is left
         # out of a given one has CLIP's own default, as in transformers.
-        vision = _mapping(fields, "vision_config") or ClipVisionConfig().to_hf()
+        vision = mapping(fields, "vision_config", _WHERE) or ClipVisionConfig().to_hf()
         require(vision, "model_type", ("clip_vision_model",), "The vision config", None)
-        text = _mapping(fields, "text_config")
+        text = mapping(fields, "text_config", _WHERE)
         require(text, "model_type", ("llama",), "The text config", "llama")
         if fields.get("tie_word_embeddings"):
-            text["tie_word_embeddings"] = True
+            text["tie_word_embeddings"] = fields["tie_word_embeddings"]
 
         layer = fields.get("vision_feature_layer", -2)
         indices = layer if isinstance(layer, list) else [layer]
@@ -131,10 +140,3 @@ class LlavaConfig:
             "multimodal_projector_bias": self.multimodal_projector_bias,
             "tie_word_embeddings": self.text_config.tie_word_embeddings,
         }
-
-
-def _mapping(fields: Mapping[str, Any], name: str) -> dict[str, Any]:
-    value = fields.get(name) or {}
-    if not isinstance(value, Mapping):
-        raise UserError(f"{_WHERE} has {name}={value!r}; expected an object.")
-    return dict(value)
