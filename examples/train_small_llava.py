@@ -55,7 +55,7 @@ SPECIAL_TOKENS = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
 VOCABULARY = 512
 SEGMENT = 20  # tokens of one question with its answer, padded
 GRID, PATCH = 12, 8
-LISTING, LISTINGS = "What is there?", 2  # asked beside the six kinds of question, twice
+LISTING = "What is there?"  # asked beside the six kinds of question
 
 
 def build_tokenizer() -> Tokenizer:
@@ -140,15 +140,26 @@ def list_objects(scene: scenes.Scene, rng: np.random.Generator) -> str:
     return ", ".join(f"{scene.objects[i].name} {scene.objects[i].position}" for i in chosen)
 
 
-def make_batch(tokenizer: Tokenizer, seed: int, step: int, size: int) -> dict[str, np.ndarray]:
-    """The batch of one step.
+def ask_more(scene: scenes.Scene, what: str, rng: np.random.Generator) -> tuple[str, str]:
+    """One more question of a kind, or for a listing, with its answer."""
+    if what == "listing":
+        return LISTING, list_objects(scene, rng)
+    asked = scenes.ask(scene, what, rng) or scenes.ask(scene, "count", rng)
+    assert asked is not None
+    return asked.question, asked.answer
+
+
+def make_batch(
+    tokenizer: Tokenizer, seed: int, step: int, size: int, more: tuple[str, ...]
+) -> dict[str, np.ndarray]:
+    """The batch of one step; `more` is asked beside a question of each kind.
 
     Returns:
         pixels uint8 `[B, 96, 96, 3]`; patches int32 `[B, N, 4]`; captions int32
         `[B, objects, 4]`; token_ids int32 `[B, segments, SEGMENT]`; targets bool, as
         token_ids: the answer tokens and the end of sequence.
     """
-    segments = len(scenes.KINDS) + LISTINGS
+    segments = len(scenes.KINDS) + len(more)
     batch = {
         "pixels": np.zeros((size, GRID * PATCH, GRID * PATCH, 3), np.uint8),
         "patches": np.zeros((size, GRID * GRID, 4), np.int32),
@@ -163,12 +174,8 @@ def make_batch(tokenizer: Tokenizer, seed: int, step: int, size: int) -> dict[st
         batch["patches"][row] = patch_labels(scene)
         for i, item in enumerate(scene.objects):
             batch["captions"][row, i] = object_labels(item)
-        asked = [
-            scenes.ask(scene, kind, rng) or scenes.ask(scene, "count", rng) for kind in scenes.KINDS
-        ]
-        pairs = [(question.question, question.answer) for question in asked if question]
-        pairs += [(LISTING, list_objects(scene, rng)) for _ in range(LISTINGS)]
-        for k, (question, answer) in enumerate(pairs):
+        for k, what in enumerate([*scenes.KINDS, *more]):
+            question, answer = ask_more(scene, what, rng)
             prompt = tokenizer.encode(segment_text(question), add_special_tokens=False).ids
             reply = tokenizer.encode(f" {answer}", add_special_tokens=False).ids
             ids = [*prompt, *reply, SPECIAL_TOKENS.index("</s>")]
@@ -381,6 +388,8 @@ class Stage:
         rate: the learning rate's peak.
         answers: train projector and decoder on answers; without, the tower on its losses.
         patches: show the decoder so many patches of an image; None shows all.
+        more: what is asked beside a question of each kind: listings, which look something
+            up at every word, or again a kind that is learned late.
     """
 
     name: str
@@ -389,6 +398,7 @@ class Stage:
     rate: float
     answers: bool = True
     patches: int | None = None
+    more: tuple[str, ...] = ("listing", "listing")
 
 
 def optimizer(stage: Stage) -> optax.GradientTransformation:
@@ -461,7 +471,8 @@ def train_stage(
     path = out / f"{stage.name}.npz"
     first, state = restore(path, (params, transform.init(params)))
     batches = prefetch(
-        lambda step: make_batch(tokenizer, seed, step, stage.batch), range(first, stage.steps)
+        lambda step: make_batch(tokenizer, seed, step, stage.batch, stage.more),
+        range(first, stage.steps),
     )
     columns = (
         TextColumn("{task.description}"),
@@ -582,7 +593,13 @@ def main() -> None:
             answers=False,
         ),
         Stage(name="look-up", steps=args.look_up_steps, batch=args.batch, rate=2e-2, patches=24),
-        Stage(name="answers", steps=args.steps, batch=args.batch, rate=1e-2),
+        Stage(
+            name="answers",
+            steps=args.steps,
+            batch=args.batch,
+            rate=1e-2,
+            more=("comparison", "comparison"),
+        ),
     )
     for i, stage in enumerate(stages):
         params = train_stage(stage, params, config, tokenizer, args.out, args.seed + i)

@@ -9,16 +9,18 @@ from jaxprune import scenes
 from jaxprune.errors import UserError
 
 DEFAULT_SAMPLES = 192
-_FIELDS = ("image", "question", "answer")
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One sample; `image` is whatever `jaxprune.generate` takes."""
+    """One sample; `image` is whatever `jaxprune.generate` takes.
+
+    The answer may be empty where a method goes by attention alone (fitprune, iti).
+    """
 
     image: Any
     question: str
-    answer: str
+    answer: str = ""
 
 
 def scene_samples(number: int = DEFAULT_SAMPLES, *, seed: int = 0) -> list[Sample]:
@@ -28,7 +30,7 @@ def scene_samples(number: int = DEFAULT_SAMPLES, *, seed: int = 0) -> list[Sampl
 
 
 def read_samples(path: Any, *, limit: int | None = None) -> list[Sample]:
-    """Samples from a JSONL file; image paths are relative to it.
+    """Samples from a JSONL file; image paths are relative to it, empty lines do not count.
 
     Raises:
         UserError: for a missing or empty file, or a line that is no sample; it names the line.
@@ -48,9 +50,11 @@ def read_samples(path: Any, *, limit: int | None = None) -> list[Sample]:
             fields = json.loads(line)
         except ValueError as error:
             raise UserError(f"{path}, line {number} is not JSON ({error}).") from None
-        if not isinstance(fields, dict) or not all(
-            isinstance(fields.get(name), str) and fields[name].strip() for name in _FIELDS
-        ):
+        texts = isinstance(fields, dict) and all(
+            isinstance(fields.get(name), str) and fields[name].strip()
+            for name in ("image", "question")
+        )
+        if not texts or not isinstance(fields.get("answer", ""), str):
             raise UserError(
                 f"{path}, line {number} is no sample; expected an object with the texts "
                 "'image', 'question' and 'answer'."
@@ -58,7 +62,7 @@ def read_samples(path: Any, *, limit: int | None = None) -> list[Sample]:
         image = path.parent / fields["image"]
         if not image.is_file():
             raise UserError(f"{path}, line {number}: the image {image} does not exist.")
-        samples.append(Sample(image, fields["question"], fields["answer"]))
+        samples.append(Sample(image, fields["question"], fields.get("answer", "")))
         if limit is not None and len(samples) == limit:
             break
     if not samples:

@@ -97,6 +97,12 @@ def encode_samples(
     config, processor = params.config, params.processor
     if processor is None:
         raise UserError("params have no processor; load them with jaxprune.load.")
+    for i, sample in enumerate(samples):
+        if with_answers and not sample.answer.strip():
+            raise UserError(
+                f"Sample {i + 1} has no answer, but the score needs one; give answers, or fit "
+                "a method that goes by attention alone (fitprune, iti)."
+            )
     requests = [make_request(processor, s.image, s.question, chat=True) for s in samples]
     ends = processor.eos_token_ids[:1]
     rows = []

@@ -259,6 +259,8 @@ def test_data_files(model, tmp_path):
         ("", "has no samples"),
         (good + "\n{", "line 2 is not JSON"),
         (json.dumps({"image": "a.png"}), "line 1 is no sample"),
+        ("3", "line 1 is no sample"),
+        (json.dumps({"image": "a.png", "question": "a", "answer": 3}), "line 1 is no sample"),
         (json.dumps({"image": "b.png", "question": "a", "answer": "b"}), "does not exist"),
     ]:
         path.write_text(text)
@@ -268,3 +270,7 @@ def test_data_files(model, tmp_path):
         calibrate(model, tmp_path / "no.jsonl", method="fitprune", save=0.3)
     path.write_text(good + "\n\n" + good)
     assert calibrate(model, path, method="fitprune", save=0.3).calibration["samples"] == 2
+    path.write_text(json.dumps({"image": "a.png", "question": "What?"}))
+    assert calibrate(model, path, method="fitprune", save=0.3).calibration["samples"] == 1
+    with pytest.raises(jaxprune.UserError, match="Sample 1 has no answer"):
+        calibrate(model, path, method="psigmoid", keep_rate=0.7)

@@ -5,9 +5,11 @@ import numpy as np
 import pytest
 
 import jaxprune
+from jaxprune.methods import depth_of
 from jaxprune.models import llava
 from jaxprune.ops.schedule import LAST, QUESTION, VISUAL
-from tests.builders import start, tiny_config, write_directory
+from jaxprune.schedules import mask_schedule
+from tests.builders import engine, start, tiny_config, write_directory
 from tests.methods import plain_decoder as plain
 from tests.test_generate import picture
 
@@ -38,8 +40,8 @@ def model(request, tmp_path_factory):
     return jaxprune.load(directory)
 
 
-def compare(model, method, delete, new=20):
-    run = start(model, picture(4), "Where is it, please?", method=method, max_new_tokens=new)
+def compare(model, method, delete, new=20, prompt="Where is it, please?", **options):
+    run = start(model, picture(4), prompt, method=method, max_new_tokens=new, **options)
     length = int(run.layout.lengths[0])
     kind = run.layout.kind[0, :length]
     selection = run._visual_tokens()
@@ -75,6 +77,54 @@ def compare(model, method, delete, new=20):
 def test_equals_the_plain_decoder(model, name):
     run = compare(model, *CASES[name])
     assert run.survivors
+
+
+@pytest.mark.parametrize("name", ["fitprune", "gsearch"])
+def test_a_prompt_that_ends_with_its_image(model, name):
+    """The last token, a visual one, asks; it is never pruned and no candidate."""
+    method = CASES[name][0]
+    run = start(model, picture(4), "What is this? <image>", method=method, chat=False)
+    assert run.layout.kind[0].tolist().count(VISUAL) == N - 1
+    for positions, valid in run.survivors:
+        assert int(np.asarray(positions)[np.asarray(valid)].max()) == run.layout.lengths[0] - 1
+    left = [len(kept[0]) for kept in run.answers()[0].kept_by_layer.values()]
+    counts = (N - method.removed(N, depth_of(model.config)))[list(run.schedule.layers)]
+    assert left == counts.tolist()
+
+
+def test_everything_may_go_but_the_last_token(model):
+    run = start(model, picture(4), "What is this? <image>", method="vtw", chat=False)
+    (kept,) = run.answers()[0].kept_by_layer.values()
+    assert kept[0].tolist() == [N - 1]
+
+
+def test_several_images_are_ranked_together(model):
+    """Text between two images is never pruned and never asks."""
+    images, prompt = [picture(1), picture(2)], "<image> before <image> after, please?"
+    run = start(model, [images], [prompt], method="gsearch", keep_rates=RATES, chat=False)
+    answer = run.answers()[0]
+    left = [sum(len(kept) for kept in images) for images in answer.kept_by_layer.values()]
+    assert left == [round(2 * N * rate) for rate in RATES[1:]]
+    text = answer.prompt_tokens - 2 * N
+    valid = [int(np.asarray(cache.valid[0]).sum()) for cache in run.state.caches]
+    assert valid == [text + round(2 * N * rate) for rate in RATES]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gather_equals_mask(model, name, monkeypatch):
+    """The fast execution and the one that searches use, rows of different lengths."""
+    images = [picture(i) for i in range(3)]
+    prompts = ["What?", "Where is the red circle, and why?", "a b c"]
+    method = CASES[name][0]
+    gather = start(model, images, prompts, method=method)
+    masked = lambda method, depth, room, distinct: mask_schedule(method, depth, room)  # noqa: E731
+    monkeypatch.setattr(engine, "gather_schedule", masked)
+    mask = start(model, images, prompts, method=method)
+    assert mask.schedule.lengths is None and gather.schedule.lengths is not None
+    for run in (gather, mask):
+        run.advance(8)
+    chex.assert_trees_all_close(gather.first_logits, mask.first_logits, atol=1e-4)
+    assert gather.tokens.tolist() == mask.tokens.tolist()
 
 
 @pytest.mark.parametrize("rows", ["text", "all"])
