@@ -62,8 +62,8 @@ def by_kind(questions: list[scenes.Question], answers: list[str]) -> dict[str, f
     return {kind: float(np.mean(values)) for kind, values in right.items()}
 
 
-def ask(params: jaxprune.Params, images: list, questions: list, **method) -> tuple[list, float]:
-    """All answers, and the mean number of visual tokens."""
+def ask(params: jaxprune.Params, images: list, questions: list, **method) -> list:
+    """All answers in detail."""
     answers = []
     for first in range(0, len(images), BATCH):
         answers += jaxprune.generate(
@@ -74,8 +74,14 @@ def ask(params: jaxprune.Params, images: list, questions: list, **method) -> tup
             return_details=True,
             **method,
         )
+    return answers
+
+
+def row_of(label: str, questions: list, answers: list) -> dict:
+    """A row of the table: mean visual tokens and accuracy by kind."""
     tokens = float(np.mean([answer.visual_tokens[0] for answer in answers]))
-    return [answer.text for answer in answers], tokens
+    texts = [answer.text for answer in answers]
+    return {"method": label, "tokens": tokens, **by_kind(questions, texts)}
 
 
 def main() -> None:
@@ -101,8 +107,7 @@ def main() -> None:
     for setting in settings:
         label = setting["method"]
         with console.status(f"{label} ..."):
-            answers, tokens = ask(params, images, questions, **setting)
-        rows.append({"method": label, "tokens": tokens, **by_kind(questions, answers)})
+            rows.append(row_of(label, questions, ask(params, images, questions, **setting)))
     own = {round(row["tokens"]) for row in rows[2:]}
     targets = sorted(own | set(args.tokens), reverse=True)
     for target in targets:
@@ -121,10 +126,8 @@ def main() -> None:
             with console.status(f"{label}, {target} tokens ..."):
                 if setting["method"] == "random":
                     setting = {"method": jaxprune.RandomPlaces(keep=target, seed=setting["seed"])}
-                answers, tokens = ask(params, images, questions, **setting)
-            rows.append(
-                {"method": f"{label}, fixed", "tokens": tokens, **by_kind(questions, answers)}
-            )
+                answers = ask(params, images, questions, **setting)
+            rows.append(row_of(f"{label}, fixed", questions, answers))
     for row in rows:
         row["mean"] = float(np.mean([row[kind] for kind in scenes.KINDS]))
     rows = merge_seeds(rows)

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from accuracy import blind_answers, by_kind
+from accuracy import ask, blind_answers, by_kind
 from rich.console import Console
 from scipy.stats import kendalltau
 
@@ -30,7 +30,6 @@ from jaxprune.ops.schedule import AFTER_ATTENTION, Schedule, Score
 from jaxprune.plots import figure
 from jaxprune.schedules import candidates_left, mask_schedule
 
-BATCH = 50
 BUDGETS = (0.5, 0.25, 0.125, 0.0625)
 console = Console(stderr=True)
 
@@ -56,16 +55,7 @@ class Store:
 
 def measure(params: Any, images: list, questions: list, **method: Any) -> dict[str, Any]:
     """Accuracy by kind; visual tokens that enter the decoder, and a layer; FLOPs saved."""
-    answers = []
-    for first in range(0, len(images), BATCH):
-        answers += jaxprune.generate(
-            params,
-            images[first : first + BATCH],
-            [question.question for question in questions[first : first + BATCH]],
-            max_new_tokens=16,
-            return_details=True,
-            **method,
-        )
+    answers = ask(params, images, questions, **method)
     kinds = by_kind(questions, [answer.text for answer in answers])
     layers = [np.mean([row.visual_in for row in answer.cost.layers]) for answer in answers]
     return {

@@ -174,17 +174,7 @@ def published(
     Raises:
         UserError: when there is none; it says what there is.
     """
-    fitting = [
-        recipe
-        for recipe in published_recipes(method)
-        if recipe.model["num_hidden_layers"] == num_hidden_layers
-        and recipe.model["family"] == family
-    ]
-    if not fitting:
-        raise UserError(
-            f"No {method} recipe is published for a {family} model of {num_hidden_layers} "
-            "decoder layers; make one with `jaxprune calibrate`."
-        )
+    fitting = _fitting(method, family, num_hidden_layers)
     for recipe in fitting:
         if save is None or abs(recipe.asked["save"] - save) < 1e-9:
             return recipe
@@ -196,18 +186,27 @@ def published(
 
 
 def nearest_sigmoid(family: str, num_hidden_layers: int, keep_rate: float) -> float:
-    """The k of the published P-Sigmoid point whose keep rate is nearest."""
-    points = [
-        recipe
-        for recipe in published_recipes("psigmoid")
-        if recipe.model["num_hidden_layers"] == num_hidden_layers
-        and recipe.model["family"] == family
-    ]
-    if not points:
-        raise UserError(
-            f"No P-Sigmoid points are published for a {family} model of {num_hidden_layers} "
-            "decoder layers; give k, or find it with `jaxprune calibrate`."
-        )
+    """The k of the published P-Sigmoid point whose keep rate is nearest.
+
+    Raises:
+        UserError: when there is none for a model family and depth.
+    """
+    points = _fitting("psigmoid", family, num_hidden_layers)
     nearest = min(points, key=lambda recipe: abs(recipe.options["keep_rate"] - keep_rate))
     k: float = nearest.options["k"]
     return k
+
+
+def _fitting(method: str, family: str, num_hidden_layers: int) -> list[Recipe]:
+    found = [
+        recipe
+        for recipe in published_recipes(method)
+        if recipe.model["num_hidden_layers"] == num_hidden_layers
+        and recipe.model["family"] == family
+    ]
+    if not found:
+        raise UserError(
+            f"No {method} recipe is published for a {family} model of {num_hidden_layers} "
+            "decoder layers; make one with `jaxprune calibrate`."
+        )
+    return found

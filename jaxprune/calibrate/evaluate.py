@@ -140,34 +140,22 @@ def encode_samples(
     return CalibrationSet(params, batches, Lengths(text, N), N)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "schedule"))
-def run_prompts(
-    params: dict,
-    token_ids: jax.Array,
-    visual_index: jax.Array,
-    kind: jax.Array,
-    lengths: jax.Array,
-    features: jax.Array,
-    counts: Any,
-    *,
-    config: Any,
-    schedule: Schedule,
-) -> Any:
-    """A batch through the decoder, caches left out: what `schedule.record` noted."""
+def _through(params: dict, inputs: dict, counts: Any, config: Any, schedule: Schedule) -> Any:
     model = family(config)
-    tokens = model.embed(params, config, token_ids, visual_index, kind, lengths, features)
-    found = model.prefill(params, config, tokens, new_slots=0, schedule=schedule, counts=counts)
-    return found.records
+    tokens = model.embed(params, config, **inputs)
+    return model.prefill(params, config, tokens, new_slots=0, schedule=schedule, counts=counts)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "schedule"))
+def run_prompts(params: dict, inputs: dict, counts: Any, *, config: Any, schedule: Schedule) -> Any:
+    """A batch through the decoder, caches left out: what `schedule.record` noted."""
+    return _through(params, inputs, counts, config, schedule).records
 
 
 @functools.partial(jax.jit, static_argnames=("config", "schedule"))
 def _score_answers(
     params: dict,
-    token_ids: jax.Array,
-    visual_index: jax.Array,
-    kind: jax.Array,
-    lengths: jax.Array,
-    features: jax.Array,
+    inputs: dict,
     counts: Any,
     answers: jax.Array,
     *,
@@ -175,14 +163,12 @@ def _score_answers(
     schedule: Schedule,
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probability `[B]` of each answer, and whether every token is the likeliest."""
-    model = family(config)
-    tokens = model.embed(params, config, token_ids, visual_index, kind, lengths, features)
-    found = model.prefill(params, config, tokens, new_slots=0, schedule=schedule, counts=counts)
+    found, kind = _through(params, inputs, counts, config, schedule), inputs["kind"]
     # Mask mode: slots stay where they are. The token at slot s predicts the one behind it.
     last = jnp.argmax(kind == LAST, axis=-1)[:, None]
     slots = jnp.minimum(last + jnp.arange(answers.shape[1]), kind.shape[1] - 1)
     hidden = jnp.take_along_axis(found.tokens.x, slots[..., None], axis=1)
-    logits = model.logits(params, config, hidden)  # [B, A, V]
+    logits = family(config).logits(params, config, hidden)  # [B, A, V]
     used = answers >= 0
     labels = jnp.maximum(answers, 0)
     logprob = jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], axis=-1)[..., 0]
@@ -195,24 +181,15 @@ def run_set(
 ) -> Iterator[tuple[Batch, Any]]:
     """`function` on every batch, with what `counts(batch)` gives."""
     for batch in data.batches:
-        layout = batch.layout
-        yield (
-            batch,
-            jax.device_get(
-                function(
-                    data.params.arrays,
-                    layout.token_ids,
-                    layout.visual_index,
-                    layout.kind,
-                    layout.lengths,
-                    batch.features,
-                    counts(batch),
-                    *(getattr(batch, name) for name in extra),
-                    config=data.params.config,
-                    schedule=schedule,
-                )
-            ),
+        found = function(
+            data.params.arrays,
+            {**vars(batch.layout), "visual_tokens": batch.features},
+            counts(batch),
+            *(getattr(batch, name) for name in extra),
+            config=data.params.config,
+            schedule=schedule,
         )
+        yield batch, jax.device_get(found)
 
 
 def score(data: CalibrationSet, method: DecoderMethod | None, metric: str = "accuracy") -> float:
