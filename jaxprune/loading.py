@@ -70,7 +70,8 @@ def load(
         path, dtype=dtype, mesh=mesh, vision_tower=vision_tower, show_progress=show_progress
     )
     original = is_original(read_json(path / "config.json"))
-    return Params(arrays, config, load_processor(path, original=original))
+    size = config.vision_config.image_size if original else None
+    return Params(arrays, config, load_processor(path, original_size=size))
 
 
 def export(params: Params, directory: Any, *, show_progress: bool | None = None) -> None:

@@ -230,23 +230,29 @@ def decode_text(processor: Processor, token_ids: Sequence[int]) -> str:
     return processor.tokenizer.decode(token_ids, skip_special_tokens=True).strip()
 
 
-def load_processor(directory: pathlib.Path, *, original: bool = False) -> Processor:
+def load_processor(directory: pathlib.Path, *, original_size: int | None = None) -> Processor:
     """Tokenizer, image processor and chat template of a model directory.
 
     Args:
         directory: the model's directory. Nothing in it is executed: `trust_remote_code`
             is off, and templates run in Jinja's sandbox.
-        original: the directory is of LLaVA's original format.
+        original_size: for a directory in LLaVA's original format, which has no file for
+            its image processor: the side of the images that its vision tower takes.
 
     Raises:
         UserError: when a part is missing or damaged.
     """
     with _no_advice():  # imported here because it takes seconds
-        from transformers import AutoImageProcessor, AutoTokenizer
+        from transformers import AutoImageProcessor, AutoTokenizer, LlamaTokenizer
         from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
+    # AutoTokenizer leaves out the space in front of a text where it builds the tokenizer of
+    # a "llava" from tokenizer.model; LLaMA's own class does not.
+    has_json = (directory / "tokenizer.json").is_file()
+    from_model = original_size and not has_json and (directory / "tokenizer.model").is_file()
+    tokenizer_class = LlamaTokenizer if from_model else AutoTokenizer
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
+        tokenizer = tokenizer_class.from_pretrained(
             str(directory), local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # transformers raises many types for missing or odd files
@@ -254,11 +260,12 @@ def load_processor(directory: pathlib.Path, *, original: bool = False) -> Proces
             f"{directory} has no usable tokenizer ({_first_line(error)}); expected "
             "tokenizer.json, or tokenizer.model with sentencepiece and protobuf installed."
         ) from None
-    if original:
+    if original_size:
         pad = read_json(directory / "config.json").get("image_aspect_ratio") == "pad"
-        size = {"height": 336, "width": 336}
         image_processor = LlavaImageProcessorPil(
-            do_pad=pad, size={"shortest_edge": 336}, crop_size=size
+            do_pad=pad,
+            size={"shortest_edge": original_size},
+            crop_size={"height": original_size, "width": original_size},
         )
     else:
         try:
@@ -276,7 +283,7 @@ def load_processor(directory: pathlib.Path, *, original: bool = False) -> Proces
         chat_template=_chat_template(directory, tokenizer),
         eos_token_ids=_eos_token_ids(directory, tokenizer),
         directory=directory,
-        system=VICUNA_SYSTEM if original else None,
+        system=VICUNA_SYSTEM if original_size else None,
     )
 
 
