@@ -17,6 +17,10 @@ from jaxprune.json_file import read_json
 IMAGE_PLACEHOLDER = "<image>"
 Message = Mapping[str, Any]
 
+# Mean and deviation of the channels that CLIP was trained with.
+CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
+CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
+
 # The system prompt in front of every conversation of the original LLaVA-1.5 code.
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant "
@@ -285,6 +289,43 @@ def load_processor(directory: pathlib.Path, *, original_size: int | None = None)
         directory=directory,
         system=VICUNA_SYSTEM if original_size else None,
     )
+
+
+def processor_files(config: Any, *, do_pad: bool = False) -> dict[str, dict[str, Any]]:
+    """The files from which `transformers` makes the processor of a LLaVA with a CLIP tower.
+
+    Args:
+        config: the model's config.
+        do_pad: images are padded to squares, instead of losing what sticks out.
+
+    Returns:
+        File names and what JSON they hold.
+    """
+    side = config.vision_config.image_size
+    preprocessor = {
+        # CLIP's is known to every release, LLaVA's is the one that can pad.
+        "image_processor_type": "LlavaImageProcessor" if do_pad else "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        **({"do_pad": True} if do_pad else {}),
+        "do_resize": True,
+        "size": {"shortest_edge": side},
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": side, "width": side},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": CLIP_MEAN,
+        "image_std": CLIP_STD,
+    }
+    processor = {
+        "processor_class": "LlavaProcessor",
+        "image_token": IMAGE_PLACEHOLDER,
+        "patch_size": config.vision_config.patch_size,
+        "vision_feature_select_strategy": config.vision_feature_select_strategy,
+        "num_additional_image_tokens": 1,  # CLS, which the strategy "default" takes off again
+    }
+    return {"preprocessor_config.json": preprocessor, "processor_config.json": processor}
 
 
 @contextlib.contextmanager
