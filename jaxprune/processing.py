@@ -166,11 +166,12 @@ def render(processor: Processor, messages: Sequence[Message]) -> str:
 def _as_parts(content: str) -> list[dict[str, str]]:
     """Images in front as parts of their own; text with images between words as it is.
 
-    Templates put image parts first, so only those that are there anyway may be parts.
+    Templates put image parts first, each with a line break, so only those that are there
+    anyway may be parts.
     """
     rest, images = content, 0
-    while rest.startswith(IMAGE_PLACEHOLDER):
-        rest = rest.removeprefix(IMAGE_PLACEHOLDER).removeprefix("\n")
+    while rest.startswith(IMAGE_PLACEHOLDER + "\n"):
+        rest = rest.removeprefix(IMAGE_PLACEHOLDER + "\n")
         images += 1
     if IMAGE_PLACEHOLDER in rest:
         rest, images = content, 0
