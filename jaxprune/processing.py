@@ -263,7 +263,8 @@ def load_processor(directory: pathlib.Path, *, original_size: int | None = None)
     except Exception as error:  # transformers raises many types for missing or odd files
         raise UserError(
             f"{directory} has no usable tokenizer ({_first_line(error)}); expected "
-            "tokenizer.json, or tokenizer.model with sentencepiece and protobuf installed."
+            "tokenizer.json, or tokenizer.model with sentencepiece and protobuf installed "
+            "(the extra `original`)."
         ) from None
     if original_size:
         pad = read_json(directory / "config.json").get("image_aspect_ratio") == "pad"
