@@ -47,9 +47,9 @@ from jaxprune import checkpoints_convert, scenes
 from jaxprune.models import llava
 from jaxprune.models.clip import ClipVisionConfig, ClipVisionTower
 from jaxprune.models.llama import LlamaConfig, LlamaDecoder, Tokens
+from jaxprune.processing import CLIP_MEAN, CLIP_STD, processor_files
 
-MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)  # CLIP's normalisation
-STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+MEAN, STD = np.array(CLIP_MEAN, np.float32), np.array(CLIP_STD, np.float32)
 PROMPT_BEFORE_IMAGE = "USER: "
 SPECIAL_TOKENS = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
 VOCABULARY = 512
@@ -516,7 +516,6 @@ def export_model(
     params: dict, config: llava.LlavaConfig, tokenizer: Tokenizer, directory: pathlib.Path
 ) -> None:
     """Write weights, configs, tokenizer and processor as `transformers` reads them."""
-    side = GRID * PATCH
     token_ids = {
         f"{name}_token_id": SPECIAL_TOKENS.index(token)
         for name, token in (("bos", "<s>"), ("eos", "</s>"), ("pad", "<pad>"))
@@ -533,27 +532,7 @@ def export_model(
             "clean_up_tokenization_spaces": False,
             "model_max_length": config.text_config.max_position_embeddings,
         },
-        "preprocessor_config.json": {
-            "image_processor_type": "CLIPImageProcessor",
-            "do_convert_rgb": True,
-            "do_resize": True,
-            "size": {"shortest_edge": side},
-            "resample": 3,
-            "do_center_crop": True,
-            "crop_size": {"height": side, "width": side},
-            "do_rescale": True,
-            "rescale_factor": 1 / 255,
-            "do_normalize": True,
-            "image_mean": MEAN.astype(float).round(8).tolist(),
-            "image_std": STD.astype(float).round(8).tolist(),
-        },
-        "processor_config.json": {
-            "processor_class": "LlavaProcessor",
-            "image_token": "<image>",
-            "patch_size": PATCH,
-            "vision_feature_select_strategy": "default",
-            "num_additional_image_tokens": 1,
-        },
+        **processor_files(config),
     }
     with tempfile.TemporaryDirectory() as name:
         companions = pathlib.Path(name)

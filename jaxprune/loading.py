@@ -7,7 +7,8 @@ from typing import Any
 import jax
 
 from jaxprune import checkpoints_convert
-from jaxprune.checkpoints_convert.load import existing_directory, is_original
+from jaxprune.checkpoints_convert.load import existing_directory
+from jaxprune.checkpoints_convert.original import is_original
 from jaxprune.errors import UserError
 from jaxprune.json_file import read_json
 from jaxprune.processing import Processor, load_processor
@@ -70,11 +71,15 @@ def load(
         path, dtype=dtype, mesh=mesh, vision_tower=vision_tower, show_progress=show_progress
     )
     original = is_original(read_json(path / "config.json"))
-    return Params(arrays, config, load_processor(path, original=original))
+    size = config.vision_config.image_size if original else None
+    return Params(arrays, config, load_processor(path, original_size=size))
 
 
 def export(params: Params, directory: Any, *, show_progress: bool | None = None) -> None:
     """Write a model as a Hugging Face directory that `transformers` loads.
+
+    A model that came in LLaVA's original format is given what it lacks there: an image token
+    and the files of a processor, as `jaxprune convert` does it.
 
     Args:
         params: the model.
@@ -82,17 +87,13 @@ def export(params: Params, directory: Any, *, show_progress: bool | None = None)
         show_progress: a bar on stderr; None shows it in a terminal.
 
     Raises:
-        jaxprune.UserError: when `directory` exists or cannot be written.
+        jaxprune.UserError: when `directory` exists or cannot be written, or the tokenizer of
+            a model in LLaVA's original format is gone.
     """
     if not isinstance(params, Params):
         raise UserError(
             f"params is a {type(params).__name__}; expected what jaxprune.load gives. For bare "
             "arrays there is jaxprune.checkpoints_convert.export."
-        )
-    if params.config.image_token_index < 0:
-        raise UserError(
-            "The model came from LLaVA's original format, whose tokenizer has no image token; "
-            "transformers could not use it. Export a model of the Hugging Face format."
         )
     companions = params.processor.directory if params.processor else None
     checkpoints_convert.export(

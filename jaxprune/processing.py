@@ -17,6 +17,10 @@ from jaxprune.json_file import read_json
 IMAGE_PLACEHOLDER = "<image>"
 Message = Mapping[str, Any]
 
+# Mean and deviation of the channels that CLIP was trained with.
+CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
+CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
+
 # The system prompt in front of every conversation of the original LLaVA-1.5 code.
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant "
@@ -173,11 +177,12 @@ def render(processor: Processor, messages: Sequence[Message]) -> str:
 def _as_parts(content: str) -> list[dict[str, str]]:
     """Images in front as parts of their own; text with images between words as it is.
 
-    Templates put image parts first, so only those that are there anyway may be parts.
+    Templates put image parts first, each with a line break, so only those that are there
+    anyway may be parts.
     """
     rest, images = content, 0
-    while rest.startswith(IMAGE_PLACEHOLDER):
-        rest = rest.removeprefix(IMAGE_PLACEHOLDER).removeprefix("\n")
+    while rest.startswith(IMAGE_PLACEHOLDER + "\n"):
+        rest = rest.removeprefix(IMAGE_PLACEHOLDER + "\n")
         images += 1
     if IMAGE_PLACEHOLDER in rest:
         rest, images = content, 0
@@ -245,35 +250,43 @@ def decode_text(processor: Processor, token_ids: Sequence[int]) -> str:
     return processor.tokenizer.decode(token_ids, skip_special_tokens=True).strip()
 
 
-def load_processor(directory: pathlib.Path, *, original: bool = False) -> Processor:
+def load_processor(directory: pathlib.Path, *, original_size: int | None = None) -> Processor:
     """Tokenizer, image processor and chat template of a model directory.
 
     Args:
         directory: the model's directory. Nothing in it is executed: `trust_remote_code`
             is off, and templates run in Jinja's sandbox.
-        original: the directory is of LLaVA's original format.
+        original_size: for a directory in LLaVA's original format, which has no file for
+            its image processor: the side of the images that its vision tower takes.
 
     Raises:
         UserError: when a part is missing or damaged.
     """
     with _no_advice():  # imported here because it takes seconds
-        from transformers import AutoImageProcessor, AutoTokenizer
+        from transformers import AutoImageProcessor, AutoTokenizer, LlamaTokenizer
         from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
+    # AutoTokenizer leaves out the space in front of a text where it builds the tokenizer of
+    # a "llava" from tokenizer.model; LLaMA's own class does not.
+    has_json = (directory / "tokenizer.json").is_file()
+    from_model = original_size and not has_json and (directory / "tokenizer.model").is_file()
+    tokenizer_class = LlamaTokenizer if from_model else AutoTokenizer
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
+        tokenizer = tokenizer_class.from_pretrained(
             str(directory), local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # transformers raises many types for missing or odd files
         raise UserError(
             f"{directory} has no usable tokenizer ({_first_line(error)}); expected "
-            "tokenizer.json, or tokenizer.model with sentencepiece and protobuf installed."
+            "tokenizer.json, or tokenizer.model with sentencepiece and protobuf installed "
+            "(the extra `original`)."
         ) from None
-    if original:
+    if original_size:
         pad = read_json(directory / "config.json").get("image_aspect_ratio") == "pad"
-        size = {"height": 336, "width": 336}
         image_processor = LlavaImageProcessorPil(
-            do_pad=pad, size={"shortest_edge": 336}, crop_size=size
+            do_pad=pad,
+            size={"shortest_edge": original_size},
+            crop_size={"height": original_size, "width": original_size},
         )
     else:
         try:
@@ -291,8 +304,45 @@ def load_processor(directory: pathlib.Path, *, original: bool = False) -> Proces
         chat_template=_chat_template(directory, tokenizer),
         eos_token_ids=_eos_token_ids(directory, tokenizer),
         directory=directory,
-        system=VICUNA_SYSTEM if original else None,
+        system=VICUNA_SYSTEM if original_size else None,
     )
+
+
+def processor_files(config: Any, *, do_pad: bool = False) -> dict[str, dict[str, Any]]:
+    """The files from which `transformers` makes the processor of a LLaVA with a CLIP tower.
+
+    Args:
+        config: the model's config.
+        do_pad: images are padded to squares, instead of losing what sticks out.
+
+    Returns:
+        File names and what JSON they hold.
+    """
+    side = config.vision_config.image_size
+    preprocessor = {
+        # CLIP's is known to every release, LLaVA's is the one that can pad.
+        "image_processor_type": "LlavaImageProcessor" if do_pad else "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        **({"do_pad": True} if do_pad else {}),
+        "do_resize": True,
+        "size": {"shortest_edge": side},
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": side, "width": side},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": CLIP_MEAN,
+        "image_std": CLIP_STD,
+    }
+    processor = {
+        "processor_class": "LlavaProcessor",
+        "image_token": IMAGE_PLACEHOLDER,
+        "patch_size": config.vision_config.patch_size,
+        "vision_feature_select_strategy": config.vision_feature_select_strategy,
+        "num_additional_image_tokens": 1,  # CLS, which the strategy "default" takes off again
+    }
+    return {"preprocessor_config.json": preprocessor, "processor_config.json": processor}
 
 
 @contextlib.contextmanager

@@ -2,12 +2,18 @@
 
 import dataclasses
 import importlib
+import json
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 import jaxprune
 from jaxprune import checkpoints_convert
+from jaxprune.checkpoints_convert.plan import flatten
+from jaxprune.checkpoints_convert.tables import key_of
 from jaxprune.models import llava
 from jaxprune.models.clip import ClipVisionConfig
 from jaxprune.models.llama import LlamaConfig
@@ -67,6 +73,70 @@ def set_image_size(directory, size):
     path = directory / "preprocessor_config.json"
     text = path.read_text().replace("96", str(size))
     path.write_text(text)
+
+
+def llama_tokenizer(prefix="first"):
+    """A tokenizer of LLaMA's making, 290 ids: bytes, a few letters, words in two pieces.
+
+    Args:
+        prefix: where a space is put: at the "first" word of a text only, or "always" after
+            a special token too, as old releases did.
+    """
+    vocabulary = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    vocabulary += [*"▁AESTUNIRhatWiseoub:?", "▁U", "▁US", "ER", "▁USER", "▁W", "▁Wh", "Wh"]
+    vocabulary += ["at", "What", "▁What"]
+    merges = [("▁", "U"), ("▁U", "S"), ("E", "R"), ("▁US", "ER"), ("▁", "W"), ("▁W", "h")]
+    merges += [("W", "h"), ("a", "t"), ("Wh", "at"), ("▁Wh", "at")]
+    ids = {token: i for i, token in enumerate(vocabulary)}
+    tokenizer = Tokenizer(models.BPE(ids, merges, unk_token="<unk>", byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prefix, split=False)
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    return tokenizer
+
+
+def write_original(directory, tower, *, prefix="first", seed=0, text=None, **fields):
+    """A LLaVA in the original format, its vision tower in the directory `tower`."""
+    tokenizer = llama_tokenizer(prefix)
+    config = tiny_config(text={"vocab_size": tokenizer.get_vocab_size(), **(text or {})})
+    weights: dict = {directory: {}, tower: {}}
+    for path, array in flatten(random_params(config, seed)).items():
+        key, transform = key_of("llava", path)
+        place = tower if key.startswith("vision_tower.") else directory
+        key = key.removeprefix("vision_tower.").removeprefix("language_model.")
+        key = key.replace("multi_modal_projector.linear_1", "model.mm_projector.0")
+        key = key.replace("multi_modal_projector.linear_2", "model.mm_projector.2")
+        weights[place][key] = np.ascontiguousarray(transform.export(np.asarray(array)))
+    hf = config.to_hf()
+    original = hf["text_config"] | {
+        "model_type": "llava",
+        "torch_dtype": "float32",
+        "mm_vision_tower": "openai/clip-vit-large-patch14-336",
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_select_layer": -2,
+        "mm_vision_select_feature": "patch",
+        "mm_hidden_size": config.vision_config.hidden_size,
+        "image_aspect_ratio": "pad",
+        **fields,
+    }
+    specials = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    for place, model in ((directory, original), (tower, hf["vision_config"])):
+        place.mkdir(parents=True)
+        save_file(weights[place], place / "model.safetensors")
+        (place / "config.json").write_text(json.dumps(model))
+    (directory / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "LlamaTokenizer", **specials})
+    )
+    tokenizer.save(str(directory / "tokenizer.json"))
+    return directory, tower
 
 
 def forward_logits(params, config, pixels, token_ids, images_at):

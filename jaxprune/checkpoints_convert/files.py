@@ -62,7 +62,7 @@ def _weight_files(directory: pathlib.Path, suffix: str) -> list[pathlib.Path]:
 def _open_safetensors(path: pathlib.Path) -> Iterator[StoredTensor]:
     try:
         with safe_open(path, framework="np") as file:
-            slices = {key: file.get_slice(key) for key in file.keys()}
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  safe_open is no dict
             headers = {key: (tuple(s.get_shape()), s.get_dtype()) for key, s in slices.items()}
     except (SafetensorError, OSError) as error:
         raise UserError(

@@ -2,7 +2,6 @@
 
 import math
 import pathlib
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -10,12 +9,10 @@ import ml_dtypes
 import numpy as np
 
 from jaxprune.checkpoints_convert.files import stored_tensors
-from jaxprune.checkpoints_convert.plan import make_plan, unflatten
+from jaxprune.checkpoints_convert.original import is_original, original_config
+from jaxprune.checkpoints_convert.plan import Plan, make_plan, unflatten
 from jaxprune.errors import UserError
 from jaxprune.json_file import read_json
-from jaxprune.models.clip.config import ClipVisionConfig
-from jaxprune.models.llama.config import LlamaConfig
-from jaxprune.models.llava.config import LlavaConfig
 from jaxprune.models.registry import CONFIGS
 from jaxprune.partition import sharding_of
 from jaxprune.progress import track
@@ -55,13 +52,7 @@ def load_checkpoint(
     directory = existing_directory(directory)
     dtype = _resolve_dtype(dtype, directory)
     config = read_config(directory, dtype=dtype, vision_tower=vision_tower)
-    extra = [existing_directory(vision_tower)] if vision_tower else []
-    try:
-        plan = make_plan(directory, config, *extra)
-    except UserError as error:
-        if "vision_tower" in str(error) and is_original(read_json(directory / "config.json")):
-            raise UserError(f"{error} Pass the CLIP tower's directory as vision_tower.") from None
-        raise
+    plan = plan_with_tower(directory, config, vision_tower)
     numpy_dtype = numpy_dtype_of(dtype)
 
     # The largest first: a tensor is in memory two or three times while it is laid out, which
@@ -75,7 +66,25 @@ def load_checkpoint(
     return unflatten(flat), config
 
 
+def plan_with_tower(
+    directory: pathlib.Path, config: Any, vision_tower: pathlib.Path | None
+) -> Plan:
+    """The plan of a checkpoint whose vision tower may be in a directory of its own.
+
+    Raises:
+        UserError: as `make_plan`, and for a tower that is nowhere.
+    """
+    extra = [existing_directory(vision_tower)] if vision_tower else []
+    try:
+        return make_plan(directory, config, *extra)
+    except UserError as error:
+        if "vision_tower" in str(error) and is_original(read_json(directory / "config.json")):
+            raise UserError(f"{error} Pass the CLIP tower's directory as vision_tower.") from None
+        raise
+
+
 def numpy_dtype_of(dtype: str) -> np.dtype:
+    """NumPy's dtype of a name in `DTYPES`."""
     return np.dtype(ml_dtypes.bfloat16) if dtype == "bfloat16" else np.dtype(dtype)
 
 
@@ -119,79 +128,11 @@ def read_config(
     """
     fields = read_json(directory / "config.json")
     if is_original(fields):
-        return _original_config(fields, dtype=dtype, vision_tower=vision_tower)
+        tower = existing_directory(vision_tower) if vision_tower else None
+        return original_config(fields, dtype=dtype, vision_tower=tower)
     kind = fields.get("model_type")
     if kind not in CONFIGS:
         raise UserError(
             f"{directory} holds a model of type {kind!r}; supported: {', '.join(CONFIGS)}."
         )
     return CONFIGS[kind].from_hf(fields, dtype=dtype)
-
-
-def is_original(fields: Mapping[str, Any]) -> bool:
-    """Whether a config.json is of LLaVA's original format: a LLaMA with `mm_*` fields."""
-    return "mm_vision_tower" in fields and "text_config" not in fields
-
-
-# Settings of the original code base that say how it was trained, or choose among code
-# paths that all give LLaVA-1.5's forward pass.
-_ORIGINAL_INERT = {
-    "freeze_mm_mlp_adapter",
-    "freeze_mm_vision_resampler",
-    "image_aspect_ratio",
-    "image_grid_pinpoints",
-    "mm_hidden_size",
-    "mm_patch_merge_type",
-    "mm_resampler_type",
-    "mm_vision_tower",
-    "mm_vision_tower_lr",
-    "tokenizer_model_max_length",
-    "tokenizer_padding_side",
-    "tune_mm_mlp_adapter",
-    "tune_mm_vision_resampler",
-    "unfreeze_mm_vision_tower",
-    "mm_projector_lr",
-    "mm_use_im_patch_token",
-    "use_mm_proj",
-}
-
-
-def _original_config(
-    fields: Mapping[str, Any], *, dtype: str, vision_tower: pathlib.Path | None
-) -> LlavaConfig:
-    where = "The original-format LLaVA config"
-    if fields.get("mm_projector_type", "linear") != "mlp2x_gelu":
-        raise UserError(
-            f"{where} has mm_projector_type={fields.get('mm_projector_type')!r}; supported: "
-            "'mlp2x_gelu', the projector of LLaVA-1.5."
-        )
-    if fields.get("mm_use_im_start_end"):
-        raise UserError(f"{where} has mm_use_im_start_end=true, which LLaVA-1.5 does not use.")
-    if fields.get("image_aspect_ratio") == "anyres" or "mpt" in str(fields.get("model_type")):
-        raise UserError(f"{where} is not of LLaVA-1.5 (any-resolution tiles or another decoder).")
-    if vision_tower is None:
-        vision = ClipVisionConfig(dtype=dtype)
-        tower = str(fields["mm_vision_tower"])
-        if "clip-vit-large-patch14-336" not in tower:
-            raise UserError(
-                f"{where} names the vision tower {tower!r}; pass its directory as vision_tower."
-            )
-    else:
-        tower_fields = read_json(existing_directory(vision_tower) / "config.json")
-        tower_fields = tower_fields.get("vision_config", tower_fields)
-        vision = ClipVisionConfig.from_hf(tower_fields, dtype=dtype)
-    handled = {"mm_projector_type", "mm_vision_select_layer", "mm_vision_select_feature"}
-    handled |= {"mm_use_im_start_end"}
-    text = {k: v for k, v in fields.items() if k not in handled | _ORIGINAL_INERT}
-    select = {"patch": "default", "cls_patch": "full"}
-    feature = fields.get("mm_vision_select_feature", "patch")
-    if feature not in select:
-        raise UserError(f"{where} has mm_vision_select_feature={feature!r}; supported: {select}.")
-    return LlavaConfig(
-        vision_config=vision,
-        text_config=LlamaConfig.from_hf(text, dtype=dtype),
-        # The original tokenizer has no image token: images stand at this id of its own.
-        image_token_index=-200,
-        vision_feature_layer=fields.get("mm_vision_select_layer", -2),
-        vision_feature_select_strategy=select[feature],
-    )

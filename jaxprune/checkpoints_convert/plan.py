@@ -34,10 +34,13 @@ class PlannedTensor:
         try:
             array = self.stored.read()
         except Exception as error:  # the readers of several libraries, each with its own types
-            raise UserError(f"Cannot read {self.stored.key} ({error}); the file is damaged.") from None
+            raise UserError(
+                f"Cannot read {self.stored.key} ({error}); the file is damaged."
+            ) from None
         if not _all_finite(array):
             raise UserError(
-                f"{self.stored.key} holds NaN or infinity; the checkpoint is damaged, get a sound one."
+                f"{self.stored.key} holds NaN or infinity; the checkpoint is damaged, get a sound "
+                "one."
             )
         return self.transform.load(array)
 

@@ -55,16 +55,17 @@ PROJECTOR = [
     ("multi_modal_projector.{p}.weight", "multi_modal_projector/{p}/kernel", TRANSPOSE),
     ("multi_modal_projector.{p}.bias", "multi_modal_projector/{p}/bias", KEEP),
 ]
+_TEXT_LAYER = f"{_TEXT}.layers.{{l}}"
 _LLAMA_LAYER = "language_model/layers_{l}"
 LLAMA = [
     (f"{_TEXT}.embed_tokens.weight", "language_model/embed_tokens/embedding", KEEP),
     (f"{_TEXT}.norm.weight", "language_model/norm/scale", KEEP),
     ("language_model.lm_head.weight", "language_model/lm_head/kernel", TRANSPOSE),
-    (f"{_TEXT}.layers.{{l}}.self_attn.{{p}}.weight", f"{_LLAMA_LAYER}/self_attn/{{p}}/kernel", TRANSPOSE),
-    (f"{_TEXT}.layers.{{l}}.self_attn.{{p}}.bias", f"{_LLAMA_LAYER}/self_attn/{{p}}/bias", KEEP),
-    (f"{_TEXT}.layers.{{l}}.mlp.{{p}}.weight", f"{_LLAMA_LAYER}/mlp/{{p}}/kernel", TRANSPOSE),
-    (f"{_TEXT}.layers.{{l}}.mlp.{{p}}.bias", f"{_LLAMA_LAYER}/mlp/{{p}}/bias", KEEP),
-    (f"{_TEXT}.layers.{{l}}.{{w}}_layernorm.weight", f"{_LLAMA_LAYER}/{{w}}_layernorm/scale", KEEP),
+    (f"{_TEXT_LAYER}.self_attn.{{p}}.weight", f"{_LLAMA_LAYER}/self_attn/{{p}}/kernel", TRANSPOSE),
+    (f"{_TEXT_LAYER}.self_attn.{{p}}.bias", f"{_LLAMA_LAYER}/self_attn/{{p}}/bias", KEEP),
+    (f"{_TEXT_LAYER}.mlp.{{p}}.weight", f"{_LLAMA_LAYER}/mlp/{{p}}/kernel", TRANSPOSE),
+    (f"{_TEXT_LAYER}.mlp.{{p}}.bias", f"{_LLAMA_LAYER}/mlp/{{p}}/bias", KEEP),
+    (f"{_TEXT_LAYER}.{{w}}_layernorm.weight", f"{_LLAMA_LAYER}/{{w}}_layernorm/scale", KEEP),
 ]  # fmt: skip
 TABLES = {"llava": CLIP + PROJECTOR + LLAMA}
 

@@ -5,7 +5,7 @@ import dataclasses
 import json
 import pathlib
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,11 +16,18 @@ from jaxprune.checkpoints_convert.files import stored_tensors
 from jaxprune.checkpoints_convert.load import (
     DTYPES,
     existing_directory,
-    is_original,
     numpy_dtype_of,
+    plan_with_tower,
     read_config,
 )
-from jaxprune.checkpoints_convert.plan import Plan, flatten, make_plan
+from jaxprune.checkpoints_convert.original import (
+    HubForm,
+    hub_form,
+    is_original,
+    widen,
+    with_new_rows,
+)
+from jaxprune.checkpoints_convert.plan import Plan, flatten
 from jaxprune.checkpoints_convert.tables import key_of
 from jaxprune.errors import UserError
 from jaxprune.json_file import read_json
@@ -69,24 +76,27 @@ def export(
         params: nested dict of arrays, as `load` gives it.
         config: their model config.
         directory: must not exist; it appears complete or not at all.
-        companions: a directory to copy the tokenizer's and processor's files from.
+        companions: a directory to copy the tokenizer's and processor's files from; for a
+            model in LLaVA's original format, the one to make them from.
         show_progress: a bar on stderr; None shows it in a terminal.
 
     Raises:
-        UserError: when `directory` exists or cannot be written.
+        UserError: when `directory` exists or cannot be written, or a model in LLaVA's
+            original format comes without its tokenizer.
     """
     table = family_name(config)
     flat = flatten(params)
-    fields = {**config.to_hf(), "dtype": config.dtype, **_token_ids(companions)}
+    form = _form_of(config, companions)
+    rows = form.config.text_config.vocab_size
 
     def tensors() -> Iterator[tuple[str, np.ndarray]]:
         for path, array in track(flat.items(), "Exporting", len(flat), show=show_progress):
             key, transform = key_of(table, path)
-            yield key, transform.export(np.asarray(array))
+            yield key, with_new_rows(path, transform.export(np.asarray(array)), rows)
 
     with _new_directory(directory) as place:
         _write_weights(place, tensors())
-        _write_companions(place, fields, companions)
+        _write_companions(place, _config_fields(form, config.dtype), form.files)
 
 
 def convert(
@@ -100,6 +110,9 @@ def convert(
     show_progress: bool | None = None,
 ) -> ConvertReport:
     """Rewrite a checkpoint of any supported spelling as one clean directory, streaming.
+
+    One of LLaVA's original format is given an image token, a longer vocabulary and the files
+    of a processor; see `original.py`.
 
     Args:
         source: Hugging Face directory, original-format directory, or one of this library's.
@@ -122,14 +135,15 @@ def convert(
     source = existing_directory(source)
     tower = existing_directory(vision_tower) if vision_tower else None
     config = read_config(source, dtype=dtype or "float32", vision_tower=tower)
-    plan = make_plan(source, config, *([tower] if tower else []))
+    plan = plan_with_tower(source, config, tower)
 
     fields = read_json(source / "config.json")
+    files = _companion_files(source)
     if is_original(fields):
-        raise UserError(
-            f"{source} is in LLaVA's original format, which loads but does not convert yet: its "
-            "tokenizer has no image token and its image processor no file. Load it directly."
-        )
+        form = hub_form(source, config)
+        stored = fields.get("torch_dtype") or fields.get("dtype") or config.dtype
+        fields, files = _config_fields(form, stored), form.files
+        plan = widen(plan, form.config.text_config.vocab_size)
     if dtype is not None:
         fields.pop("torch_dtype", None)
         fields["dtype"] = dtype
@@ -138,7 +152,7 @@ def convert(
     with _new_directory(destination) as place:
         tensors = _converted(plan, table, dtype, format)
         size = _write_weights(place, track(tensors, "Converting", len(plan), show=show_progress))
-        _write_companions(place, fields, source)
+        _write_companions(place, fields, files)
         verified = _verify(place, plan, table, dtype, format, show_progress) if verify else 0
     return ConvertReport(tensors=len(plan), bytes=size, verified=verified)
 
@@ -208,15 +222,36 @@ def _write_weights(place: pathlib.Path, tensors: Iterable[tuple[str, np.ndarray]
     return total
 
 
+def _form_of(config: Any, companions: pathlib.Path | None) -> HubForm:
+    """Config, token ids and files of a model to export, made up where its format lacks them."""
+    if config.image_token_index >= 0:
+        return HubForm(config, _token_ids(companions), _companion_files(companions))
+    if companions is None:
+        raise UserError(
+            "The model came in LLaVA's original format and without its processor, from which "
+            "the files of a Hugging Face directory are made; export what `jaxprune.load` gave."
+        )
+    return hub_form(companions, config)
+
+
+def _config_fields(form: HubForm, dtype: str) -> dict[str, Any]:
+    return {**form.config.to_hf(), "dtype": dtype, **form.token_ids}
+
+
 def _write_companions(
-    place: pathlib.Path, fields: dict[str, Any], companions: pathlib.Path | None
+    place: pathlib.Path, fields: dict[str, Any], files: Mapping[str, bytes]
 ) -> None:
     (place / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
-    if companions is None:
-        return
-    for name in _COMPANIONS:
-        if (companions / name).is_file():
-            shutil.copyfile(companions / name, place / name)
+    for name, content in files.items():
+        (place / name).write_bytes(content)
+
+
+def _companion_files(directory: pathlib.Path | None) -> dict[str, bytes]:
+    """What stands beside the weights of a directory: tokenizer, processor, chat template."""
+    if directory is None:
+        return {}
+    paths = [directory / name for name in _COMPANIONS]
+    return {path.name: path.read_bytes() for path in paths if path.is_file()}
 
 
 def _token_ids(companions: pathlib.Path | None) -> dict[str, Any]:
@@ -247,4 +282,3 @@ def _new_directory(directory: Any) -> Iterator[pathlib.Path]:
         raise UserError(f"Cannot write {target} ({error}).") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-

@@ -24,7 +24,7 @@ INERT_FIELDS = frozenset(
     return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature
     tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript
     transformers_version typical_p use_bfloat16 use_cache vocab_size
-    """.split()
+    """.split()  # noqa: SIM905  one a word reads better
 )
 
 
@@ -59,7 +59,9 @@ def require_types(config: Any, where: str) -> None:
         if field.type is bool and not isinstance(value, bool):
             raise UserError(f"{where} has {field.name}={value!r}; expected true or false.")
         if field.type is int and (type(value) is not int or value < 1):
-            raise UserError(f"{where} has {field.name}={value!r}; expected a positive whole number.")
+            raise UserError(
+                f"{where} has {field.name}={value!r}; expected a positive whole number."
+            )
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if field.type is float and not (number and 0 < value < math.inf):
             raise UserError(f"{where} has {field.name}={value!r}; expected a positive number.")

@@ -18,6 +18,11 @@ def family(config: Any) -> ModuleType:
 
 
 def family_name(config: Any) -> str:
+    """The `model_type` of a config.
+
+    Raises:
+        UserError: for a config of no known family.
+    """
     for name, cls in CONFIGS.items():
         if isinstance(config, cls):
             return name

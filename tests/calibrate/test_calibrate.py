@@ -9,7 +9,7 @@ import pytest
 import jaxprune
 from jaxprune import calibrate as package
 from jaxprune.accounting import layer_macs
-from jaxprune.calibrate import Sample, calibrate, encode_samples, score
+from jaxprune.calibrate import Sample, calibrate, encode_samples, evaluate, score
 from jaxprune.models import llava
 from jaxprune.ops.schedule import LAST, QUESTION, VISUAL
 from tests.builders import start, tiny_config, write_directory
@@ -147,7 +147,6 @@ def test_scores_are_those_of_generation(model, samples):
         )
         for s in samples[:3]
     ]  # fmt: skip
-    tokenizer = model.processor.tokenizer
     data = encode_samples(model, [Sample(s.image, s.question, "x") for s in samples[:3]])
     batch = data.batches[0]
     longest = max(len(answer.token_ids) for answer in said)
@@ -159,13 +158,12 @@ def test_scores_are_those_of_generation(model, samples):
         rows.Row(r.rows[0].pieces, [i], answer=a.token_ids)
         for i, (r, a) in enumerate(zip(requests, said, strict=True))
     ]
-    assert tokenizer is not None and longest
     layout = rows.lay_out(layouts, np.full(3, N), N, batch=3, sequence=64 + N)
     answers = np.full((3, longest), -1, np.int32)
     for i, answer in enumerate(said):
         answers[i, : len(answer.token_ids)] = answer.token_ids
-    forced = package.evaluate.Batch(layout, batch.features, {}, answers, 3)
-    data = package.evaluate.CalibrationSet(model, [forced], package.evaluate.Lengths(64, N), N)
+    forced = evaluate.Batch(layout, batch.features, {}, answers, 3)
+    data = evaluate.CalibrationSet(model, [forced], evaluate.Lengths(64, N), N)
     method = jaxprune.GSearch(keep_rates=(1, 0.5, 0.5, 0.25))
     assert score(data, method) == 1.0
     assert score(data, method, "logprob") < 0

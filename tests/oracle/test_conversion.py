@@ -9,10 +9,13 @@ import pytest
 
 torch = pytest.importorskip("torch")
 import transformers  # noqa: E402
+from PIL import Image  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 import jaxprune  # noqa: E402
+import tests.builders  # noqa: E402
 from jaxprune import checkpoints_convert  # noqa: E402
+from jaxprune.processing import as_messages, pixel_values, render, tokenize  # noqa: E402
 from tests.oracle import builders  # noqa: E402
 
 
@@ -166,3 +169,51 @@ def test_convert_in_both_formats(format, directory, tmp_path):
     assert again.bytes * 2 == report.bytes
     back = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "again")
     assert back.dtype == torch.bfloat16
+
+
+CONVERSATION = [
+    {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]},
+    {"role": "assistant", "content": [{"type": "text", "text": "A bus."}]},
+    {"role": "user", "content": [{"type": "text", "text": "Where?"}]},
+]
+
+
+@pytest.mark.parametrize("aspect", ["pad", "square"])
+@pytest.mark.parametrize("prefix", ["first", "always"])
+def test_an_original_checkpoint_answers_in_transformers(prefix, aspect, tmp_path, rng):
+    old, tower = tests.builders.write_original(
+        tmp_path / "old", tmp_path / "tower", prefix=prefix, image_aspect_ratio=aspect
+    )
+    checkpoints_convert.convert(old, tmp_path / "new", vision_tower=tower)
+    params = jaxprune.load(old, vision_tower=tower)
+    torch_model = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "new")
+    processor = transformers.AutoProcessor.from_pretrained(tmp_path / "new")
+    image = Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8))
+
+    text = processor.apply_chat_template(CONVERSATION, add_generation_prompt=True)
+    assert text == render(params.processor, as_messages(CONVERSATION, 1))
+    inputs = processor(images=image, text=text, return_tensors="pt")
+    first, second = tokenize(params.processor, text, 1)
+    image_id = torch_model.config.image_token_id
+    assert inputs["input_ids"].tolist() == [[*first, *[image_id] * 16, *second]]
+
+    pixels = pixel_values(params.processor, [image], 32)
+    found = inputs["pixel_values"].numpy().transpose(0, 2, 3, 1)
+    chex.assert_trees_all_close(found, pixels, atol=1e-5)
+    ids = inputs["input_ids"].numpy()
+    logits = tests.builders.forward_logits(
+        params.arrays, params.config, pixels, ids, ids == image_id
+    )
+    with torch.no_grad():
+        expected = torch_model(**inputs).logits.numpy()
+        answer = torch_model.generate(**inputs, max_new_tokens=20, do_sample=False)
+    real = logits.shape[-1]
+    chex.assert_trees_all_close(np.asarray(logits), expected[..., :real], atol=1e-4)
+    assert expected.shape[-1] == 320 and (expected.argmax(-1) < real).all()
+
+    details = jaxprune.generate(
+        params, [[image]], [CONVERSATION], max_new_tokens=20, return_details=True
+    )
+    found = answer[0, ids.shape[1] :].tolist()
+    assert [token for token in found if token != 2] == details[0].token_ids
+    assert len(details[0].token_ids) > 2

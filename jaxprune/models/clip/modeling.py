@@ -48,6 +48,7 @@ class ClipMLP(nn.Module):
 
 
 def layer_norm(config: ClipVisionConfig) -> nn.LayerNorm:
+    """LayerNorm as CLIP has it."""
     # The two-pass variance: Flax's one-pass default loses digits that PyTorch keeps.
     return nn.LayerNorm(
         epsilon=config.layer_norm_eps,

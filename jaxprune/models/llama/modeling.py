@@ -143,6 +143,7 @@ class LlamaMLP(nn.Module):
 
 
 def rms_norm(config: LlamaConfig) -> nn.RMSNorm:
+    """RMSNorm as LLaMA has it."""
     return nn.RMSNorm(epsilon=config.rms_norm_eps, dtype=config.dtype, param_dtype=config.dtype)
 
 

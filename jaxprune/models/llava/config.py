@@ -17,8 +17,8 @@ _WHERE = "The LLaVA config"
 class LlavaConfig:
     """LLaVA-1.5 (arXiv 2310.03744); the defaults are the 7B model."""
 
-    vision_config: ClipVisionConfig = ClipVisionConfig()
-    text_config: LlamaConfig = LlamaConfig()
+    vision_config: ClipVisionConfig = ClipVisionConfig()  # noqa: RUF009  frozen
+    text_config: LlamaConfig = LlamaConfig()  # noqa: RUF009  frozen
     image_token_index: int = 32000
     vision_feature_layer: int | tuple[int, ...] = -2
     vision_feature_select_strategy: str = "default"
@@ -28,7 +28,8 @@ class LlavaConfig:
     def __post_init__(self) -> None:
         if type(self.image_token_index) is not int:
             raise UserError(
-                f"{_WHERE} has image_token_index={self.image_token_index!r}; expected a whole number."
+                f"{_WHERE} has image_token_index={self.image_token_index!r}; expected a whole "
+                "number."
             )
         if not isinstance(self.multimodal_projector_bias, bool):
             raise UserError(
