@@ -550,7 +550,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vision-steps", type=int, default=2200)
     parser.add_argument("--look-up-steps", type=int, default=1500)
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--vision-batch", type=int, default=32)
     parser.add_argument("--batch", type=int, default=16)
     args = parser.parse_args()

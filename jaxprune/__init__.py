@@ -2,7 +2,7 @@
 
 from jaxprune.calibrate import calibrate
 from jaxprune.errors import UserError
-from jaxprune.generate import Answer, generate, stream
+from jaxprune.generate import generate, stream
 from jaxprune.loading import DEMO_IMAGE, SMALL_MODEL, Params, export, load
 from jaxprune.methods import (
     METHODS,
@@ -20,6 +20,7 @@ from jaxprune.methods import (
 )
 from jaxprune.processing import Processor
 from jaxprune.recipes import Recipe, load_recipe, save_recipe
+from jaxprune.run import Answer
 from jaxprune.shapes import Buckets
 from jaxprune.version import __version__
 

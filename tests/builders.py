@@ -1,7 +1,6 @@
 """Tiny random models for tests."""
 
 import dataclasses
-import importlib
 import json
 
 import jax
@@ -17,8 +16,7 @@ from jaxprune.checkpoints_convert.tables import key_of
 from jaxprune.models import llava
 from jaxprune.models.clip import ClipVisionConfig
 from jaxprune.models.llama import LlamaConfig
-
-engine = importlib.import_module("jaxprune.generate")
+from jaxprune.run import Run
 
 
 def tiny_config(*, vision=None, text=None, **fields):
@@ -160,7 +158,7 @@ def forward_logits(params, config, pixels, token_ids, images_at):
 def start(model, image, prompt, *, method="none", buckets=None, chat=True, **fields):
     """A request after its prefill."""
     limit, temperature = fields.pop("max_new_tokens", 8), fields.pop("temperature", 0.0)
-    run = engine._Run(
+    run = Run(
         model,
         image,
         prompt,

@@ -1,5 +1,3 @@
-import importlib
-
 import chex
 import jax
 import numpy as np
@@ -9,8 +7,6 @@ from PIL import Image
 import jaxprune
 from tests import builders
 from tests.builders import start
-
-engine = importlib.import_module("jaxprune.generate")
 
 METHODS = {
     "none": {},

@@ -5,11 +5,12 @@ import numpy as np
 import pytest
 
 import jaxprune
+from jaxprune import run as engine
 from jaxprune.methods import depth_of
 from jaxprune.models import llava
 from jaxprune.ops.schedule import LAST, QUESTION, VISUAL
 from jaxprune.schedules import mask_schedule
-from tests.builders import engine, start, tiny_config, write_directory
+from tests.builders import start, tiny_config, write_directory
 from tests.methods import plain_decoder as plain
 from tests.test_generate import picture
 
