@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 from accuracy import ask, blind_answers, by_kind
 from rich.console import Console
@@ -30,8 +31,18 @@ from jaxprune.ops.schedule import AFTER_ATTENTION, Schedule, Score
 from jaxprune.plots import figure
 from jaxprune.schedules import candidates_left, mask_schedule
 
+COMMENT = "## What holds, and what does not"
 BUDGETS = (0.5, 0.25, 0.125, 0.0625)
 console = Console(stderr=True)
+COMPILATIONS: list[str] = []
+
+
+def note_compilation(event: str, duration: float, **_: Any) -> None:
+    if event == "/jax/core/compile/backend_compile_duration":
+        COMPILATIONS.append(event)
+
+
+jax.monitoring.register_event_duration_secs_listener(note_compilation)
 
 
 class Store:
@@ -79,8 +90,14 @@ def settings(params: Any, store: Store) -> list[tuple[str, str, dict[str, Any]]]
 
     def recipe(**options: Any) -> jaxprune.Recipe:
         name = "recipe " + " ".join(str(value) for value in options.values())
-        made = store(name, lambda: dataclasses.asdict(jaxprune.calibrate(params, **options)))
-        return jaxprune.Recipe(**made)
+
+        def make() -> dict[str, Any]:
+            before = len(COMPILATIONS)
+            made = dataclasses.asdict(jaxprune.calibrate(params, **options))
+            made["calibration"]["compilations"] = len(COMPILATIONS) - before
+            return made
+
+        return jaxprune.Recipe(**store(name, make))
 
     found: list[tuple[str, str, dict[str, Any]]] = [
         ("none", "", {}),
@@ -220,6 +237,7 @@ def observations(params: Any, store: Store, points: list[dict]) -> dict[str, Any
         method = resolve(jaxprune.Recipe(**recipe), params.config).decoder
         found[name] = store(name, lambda method=method: mass_lost(data, method))
         found[f"fit {1 - budget:g}"] = recipe["calibration"] | recipe["reached"]
+    found["gsearch"] = store("recipe gsearch 0.02", dict)["calibration"]
     own = [p for p in points if p["setting"] == "adaptive" and p["method"] == "prumerge"]
     found["compression"] = params.config.num_image_tokens / own[0]["entering"]
     return found
@@ -322,10 +340,16 @@ def write(rows: list[dict], seen: dict[str, Any], blind: dict, args: Any, second
             f"{fit['alpha']:.3f} | {fit['save_in_fit']:.3f} | {fit['save']:.3f} | "
             f"{fit['seconds']:.0f} s |"
         )
-    notes = args.out / "results_notes.md"
-    if notes.exists():
-        lines += ["", notes.read_text().strip()]
-    (args.out / "results.md").write_text("\n".join(lines) + "\n")
+    search = seen["gsearch"]
+    lines += [
+        "",
+        f"A whole G-Search (accuracy, tolerance 0.02): {search['evaluations']} evaluations, "
+        f"{search['compilations']} XLA compilations, {search['seconds']:.0f} s.",
+    ]
+    path = args.out / "results.md"
+    # What a person made of the numbers stays; look at it again when they change.
+    comment = path.read_text().partition(COMMENT)[2] if path.exists() else "\n"
+    path.write_text("\n".join([*lines, "", COMMENT]) + comment)
     console.print(f"{args.out / 'results.md'}: {len(rows)} settings, {seconds:.0f} s.")
 
 
