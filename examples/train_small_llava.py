@@ -2,13 +2,14 @@
 
     python examples/train_small_llava.py --out runs/small_llava --export jaxprune/assets/small_llava
 
-Three stages:
+Four stages:
     vision   the tower alone, as CLIP is trained: a contrastive image-text loss on the CLS
              token, plus a loss on what each patch shows;
     look-up  projector and decoder on answers, the tower at rest, with a few of the patches
              of each image: finding the right one among 24 is learned much sooner than
              among 144, which by itself stays on a plateau for thousands of steps;
-    answers  the same with all patches.
+    answers  the same with all patches;
+    polish   once more, with more of the kinds that are learned last.
 One row of the later stages asks several questions about one image: the questions share the
 image's tokens and do not see each other, so an image is encoded and read once for all.
 
@@ -551,6 +552,7 @@ def main() -> None:
     parser.add_argument("--vision-steps", type=int, default=2200)
     parser.add_argument("--look-up-steps", type=int, default=1500)
     parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--polish-steps", type=int, default=650)
     parser.add_argument("--vision-batch", type=int, default=32)
     parser.add_argument("--batch", type=int, default=16)
     args = parser.parse_args()
@@ -578,6 +580,13 @@ def main() -> None:
             batch=args.batch,
             rate=1e-2,
             more=("comparison", "comparison"),
+        ),
+        Stage(
+            name="polish",
+            steps=args.polish_steps,
+            batch=args.batch,
+            rate=8e-3,
+            more=("color", "comparison", "comparison", "comparison"),
         ),
     )
     for i, stage in enumerate(stages):

@@ -96,11 +96,14 @@ def existing_directory(directory: Any) -> pathlib.Path:
     """
     if not isinstance(directory, str | pathlib.Path):
         raise UserError(f"directory is a {type(directory).__name__}; expected a path.")
-    path = pathlib.Path(directory).expanduser()
-    if not path.is_dir():
+    try:
+        path = pathlib.Path(directory).expanduser()
+        if path.is_dir():
+            return path
         what = "is a file" if path.exists() else "does not exist"
-        raise UserError(f"{path} {what}; expected the directory of a model.")
-    return path
+    except (OSError, RuntimeError, ValueError):  # too long, no such home, a null character
+        path, what = pathlib.Path(str(directory)[:60]), "is not a path"
+    raise UserError(f"{str(path)!r} {what}; expected the directory of a model.")
 
 
 def _resolve_dtype(dtype: str, directory: pathlib.Path) -> str:

@@ -269,8 +269,14 @@ def _new_directory(directory: Any) -> Iterator[pathlib.Path]:
     """A directory that appears under its name only once it is complete."""
     if not isinstance(directory, str | pathlib.Path):
         raise UserError(f"The destination is a {type(directory).__name__}; expected a path.")
-    target = pathlib.Path(directory).expanduser()
-    if target.exists():
+    if "\0" in str(directory):
+        raise UserError(f"{str(directory)!r} is not a path; name another.")
+    try:
+        target = pathlib.Path(directory).expanduser()
+        exists = target.exists()
+    except (OSError, RuntimeError):  # too long, no such home
+        raise UserError(f"{str(directory)[:60]!r} is not a path; name another.") from None
+    if exists:
         raise UserError(f"{target} exists; name a directory that does not, nothing is overwritten.")
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

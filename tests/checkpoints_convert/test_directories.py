@@ -129,6 +129,8 @@ def test_configs_are_read_strictly(directory, fields, message):
         ("text_config", {"num_attention_heads": "4", "head_dim": None}, "num_attention_heads='4'"),
         ("text_config", {"num_attention_heads": 0, "head_dim": None}, "num_attention_heads=0"),
         ("text_config", {"hidden_size": "48", "head_dim": None}, "hidden_size='48'"),
+        ("text_config", {"num_key_value_heads": 0}, "num_key_value_heads=0"),
+        ("text_config", {"head_dim": 0}, "head_dim=0"),
         ("vision_config", {"layer_norm_eps": None}, "layer_norm_eps=None; expected a positive"),
         ("vision_config", {"patch_size": 8.5}, "patch_size=8.5; expected a positive whole number"),
     ],
@@ -228,6 +230,9 @@ def test_export_and_load_give_the_same_arrays(tiny_model, tmp_path):
         (lambda d: jaxprune.export({}, "x"), "params is a dict; expected what jaxprune.load gives"),
         (lambda d: jaxprune.export(jaxprune.load(d), None), "destination is a NoneType"),
         (lambda d: checkpoints_convert.convert(None, "x"), "directory is a NoneType"),
+        (lambda d: jaxprune.load("a\0b"), "is not a path|does not exist"),
+        (lambda d: jaxprune.load("~nobody-of-this-name/x"), "is not a path|does not exist"),
+        (lambda d: checkpoints_convert.convert(d, "a\0b"), "is not a path"),
         (lambda d: checkpoints_convert.convert(d, None), "destination is a NoneType"),
     ],
 )

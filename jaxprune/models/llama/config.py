@@ -33,7 +33,13 @@ class RopeScaling:
     original_max_position_embeddings: int = 8192
 
     def __post_init__(self) -> None:
-        require_types(self, f"{_WHERE}, {self.kind!r} RoPE scaling")
+        where = f"{_WHERE}, {self.kind!r} RoPE scaling"
+        require_types(self, where)
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise UserError(
+                f"{where} has high_freq_factor={self.high_freq_factor}, not above "
+                f"low_freq_factor={self.low_freq_factor}."
+            )
 
     @classmethod
     def from_hf(cls, fields: Mapping[str, Any]) -> "RopeScaling":
@@ -117,6 +123,7 @@ class LlamaConfig:
             theta = fields.get("rope_theta")
         heads = fields.get("num_attention_heads", 32)
         hidden_size = fields.get("hidden_size", 4096)
+        shared, width = fields.get("num_key_value_heads"), fields.get("head_dim")
         divisible = type(heads) is int and type(hidden_size) is int and heads > 0
         defaults = {
             "vocab_size": 32000,
@@ -125,9 +132,9 @@ class LlamaConfig:
         }
         given = {name: fields[name] for name in names if fields.get(name) is not None}
         computed = {
-            "num_key_value_heads": fields.get("num_key_value_heads") or heads,
+            "num_key_value_heads": heads if shared is None else shared,
             # Sizes that are none are refused by name below.
-            "head_dim": fields.get("head_dim") or (hidden_size // heads if divisible else 1),
+            "head_dim": (hidden_size // heads if divisible else 1) if width is None else width,
             "rope_theta": 10000.0 if theta is None else theta,
             "rope_scaling": RopeScaling.from_hf(rope),
             "dtype": dtype,
