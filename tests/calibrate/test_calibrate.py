@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 import jaxprune
-from jaxprune import calibrate as package
 from jaxprune.accounting import layer_macs
 from jaxprune.calibrate import Sample, calibrate, encode_samples, evaluate, score
 from jaxprune.models import llava
@@ -17,6 +16,7 @@ from tests.methods.plain_decoder import PlainDecoder
 from tests.test_generate import picture
 
 L, N = 4, 16
+package = importlib.import_module("jaxprune.calibrate")
 QUESTIONS = ["What?", "Where is it?", "How many are there, and why?", "Is it red or is it blue?"]
 
 
