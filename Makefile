@@ -35,7 +35,7 @@ demo: $(VENV)/.base  ## ask the small model about the shipped picture, with and 
 	done
 
 test: $(VENV)/.dev  ## the test suite, against PyTorch, without the longer checks
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-all: $(VENV)/.dev  ## the longer checks too
 	$(BIN)/python -m pytest

@@ -32,6 +32,13 @@ def tiny_model(tiny_directory):
     return jaxprune.load(tiny_directory)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Drop a file's compiled programs: thousands of them exhaust the memory maps of a process."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def compilations():
     """A list that grows by one with every XLA compilation while the test runs."""

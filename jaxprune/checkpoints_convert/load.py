@@ -102,8 +102,10 @@ def existing_directory(directory: Any) -> pathlib.Path:
             return path
         what = "is a file" if path.exists() else "does not exist"
     except (OSError, RuntimeError, ValueError):  # too long, no such home, a null character
-        path, what = pathlib.Path(str(directory)[:60]), "is not a path"
-    raise UserError(f"{str(path)!r} {what}; expected the directory of a model.")
+        raise UserError(
+            f"{str(directory)[:60]!r} is not a path; expected the directory of a model."
+        ) from None
+    raise UserError(f"{path} {what}; expected the directory of a model.")
 
 
 def _resolve_dtype(dtype: str, directory: pathlib.Path) -> str:
