@@ -38,7 +38,7 @@ test: $(VENV)/.dev  ## the test suite, against PyTorch, without the longer check
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-all: $(VENV)/.dev  ## the longer checks too
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.dev  ## ruff
 	$(BIN)/ruff check .
