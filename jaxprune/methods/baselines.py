@@ -63,8 +63,14 @@ class RandomPlaces(FixedPlaces):
             raise UserError(f"seed is {self.seed!r}; expected a whole number, 0 or more.")
 
     def places(self, num_tokens: int) -> np.ndarray:
-        generator = np.random.default_rng([self.seed, num_tokens])
-        return np.sort(generator.permutation(num_tokens)[: self.keep])
+        return np.sort(np.argsort(self.draws(num_tokens), kind="stable")[: self.keep])
+
+    def draws(self, num_tokens: int) -> np.ndarray:
+        """A number for each place; the smallest `keep` stay. A place's draw is its own."""
+        with jax.ensure_compile_time_eval():
+            key = jax.random.fold_in(jax.random.key(self.seed), num_tokens)
+            keys = jax.vmap(lambda place: jax.random.fold_in(key, place))(np.arange(num_tokens))
+            return np.asarray(jax.vmap(jax.random.uniform)(keys))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
