@@ -127,7 +127,7 @@ def settings(params: Any, store: Store) -> list[tuple[str, str, dict[str, Any]]]
         ]
         fitted = recipe(method="fitprune", save=1 - budget)
         found.append(("fitprune", f"save {1 - budget:g}", {"method": fitted}))
-        found.append(("iti", label, {"method": recipe(method="iti", keep_rate=budget)}))
+        found += iti(recipe, budget, label)
         for first in (2, 1):  # the shallowest cut that can meet the budget
             rate = (budget * L - first) / (L - first)
             if rate > 0:
@@ -148,8 +148,19 @@ def settings(params: Any, store: Store) -> list[tuple[str, str, dict[str, Any]]]
             }[name]
             second = resolve(inner, params.config).decoder
             found.append((f"{name} + fitprune", label, {"method": (first, second)}))
-    found.append(("iti", "22 %", {"method": recipe(method="iti", keep_rate=0.22)}))
-    return found
+    return found + iti(recipe, 0.22, "22 %")
+
+
+def iti(recipe: Callable, budget: float, label: str) -> list[tuple[str, str, dict[str, Any]]]:
+    """iti at a budget, with the largest second stage that lets the first one meet it."""
+    for stage2 in (0.5, 0.25, 0.1, 0.0):
+        try:
+            made = recipe(method="iti", keep_rate=budget, stage2=stage2)
+        except jaxprune.UserError as error:
+            console.print(f"iti, {label}, stage 2 removing {stage2:g}: {error}")
+            continue
+        return [("iti", f"{label}, stage 2 removes {100 * stage2:g} %", {"method": made})]
+    return []
 
 
 # ---- the papers' observations

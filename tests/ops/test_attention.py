@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from jaxprune.ops import attention as module
-from jaxprune.ops.attention import attention, causal_mask
+from jaxprune.ops.attention import Watch, attention, causal_attention, causal_mask
 
 
 def reference(q, k, v, mask):
@@ -42,14 +42,63 @@ def test_chunks_of_queries_give_the_same(rng, monkeypatch, length):
     chex.assert_trees_all_close(attention(q, k, v, mask), whole, atol=1e-6)
 
 
-def test_no_square_matrix_in_the_program():
+@pytest.mark.parametrize("length", [9, 16, 17])
+@pytest.mark.parametrize("shared", [4, 2])
+@pytest.mark.parametrize("heads", ["mean", "max"])
+def test_blocks_equal_chunks(rng, length, shared, heads, monkeypatch):
+    """What runs on a CPU against what runs elsewhere, rows with holes and padding included."""
+    monkeypatch.setattr(module, "BLOCK", 5)
+    q = rng.normal(size=(2, 4, length, 8)).astype(np.float32)
+    k, v = rng.normal(size=(2, 2, shared, length, 8)).astype(np.float32)
+    valid = jnp.asarray(rng.random((2, length)) < 0.7).at[:, 0].set(True)
+    weights = jnp.asarray(rng.random((2, length, 2)).astype(np.float32)) * valid[..., None]
+    options = {"heads": heads, "later": False}
+    by_blocks = module._by_blocks(q, k, v, valid, weights, **options)
+    by_chunks = module._by_chunks(q, k, v, valid, weights, **options)
+    used = valid[:, None, :, None]
+    chex.assert_trees_all_close(by_blocks[0] * used, by_chunks[0] * used, atol=1e-5)
+    chex.assert_trees_all_close(by_blocks[1], by_chunks[1], atol=1e-5)
+
+
+def test_blocks_have_the_gradient_of_the_definition(rng, monkeypatch):
+    q, k, v = rng.normal(size=(3, 1, 2, 11, 4)).astype(np.float32)
+    valid = jnp.ones((1, 11), bool)
+
+    def total(q, k, v):
+        return (causal_attention(q, k, v, valid)[0] ** 2).sum()
+
+    expected = jax.grad(total, argnums=(0, 1, 2))(q, k, v)
+    monkeypatch.setattr(module, "BLOCK", 4)
+    found = jax.grad(lambda *x: total(*x), argnums=(0, 1, 2))(q, k, v)
+    chex.assert_trees_all_close(found, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("heads, shared", [(4, 4), (4, 2)])
+def test_a_cached_query_equals_the_last_of_a_prompt(rng, heads, shared):
+    q = rng.normal(size=(3, heads, 7, 8)).astype(np.float32)
+    k, v = rng.normal(size=(2, 3, shared, 7, 8)).astype(np.float32)
+    valid = jnp.asarray(rng.random((3, 7)) < 0.6).at[:, -1].set(True)
+    expected = causal_attention(q, k, v, valid)[0][:, :, -1:]
+    merged = (x.reshape(3 * shared, 7, 8) for x in (k, v))
+    found = module.cached_attention(q[:, :, -1:], *merged, valid)
+    chex.assert_trees_all_close(found, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("watched", [False, True])
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+def test_no_square_matrix_in_the_program(watched, platform):
     S = 3000
     shape = jax.ShapeDtypeStruct((1, 2, S, 8), jnp.float32)
-    program = jax.jit(lambda q, k, v: attention(q, k, v, jnp.ones((1, S, S), bool)))
-    text = program.lower(shape, shape, shape).as_text()
-    assert f"{S}x{S}xf32" not in text
+
+    def program(q, k, v):
+        watch = Watch(jnp.ones((2, 1, S)), heads="max") if watched else None
+        return causal_attention(q, k, v, jnp.ones((1, S), bool), watch)
+
+    lowered = jax.jit(program).trace(shape, shape, shape).lower(lowering_platforms=(platform,))
+    assert f"{S}x{S}xf32" not in lowered.as_text()
 
 
 def test_a_query_that_sees_nothing_is_finite():
     x = jnp.ones((1, 1, 2, 4))
     assert np.isfinite(attention(x, x, x, jnp.zeros((1, 2, 2), bool))).all()
+    assert np.isfinite(causal_attention(x, x, x, jnp.zeros((1, 2), bool))[0]).all()

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from jaxprune.models.llama import LlamaConfig, LlamaDecoder, Tokens
 from jaxprune.ops import attention as attention_module
-from jaxprune.ops.attention import Watch, causal_mask, watched_attention
+from jaxprune.ops.attention import Watch, causal_attention
 from jaxprune.ops.schedule import (
     AFTER_ATTENTION,
     BETWEEN_LAYERS,
@@ -39,15 +39,16 @@ SCORES = {
 @pytest.mark.parametrize("heads", ["mean", "max"])
 @pytest.mark.parametrize("later", [False, True])
 @pytest.mark.parametrize("rows", [None, 3])
-def test_received_attention_equals_the_definition(rng, monkeypatch, heads, later, rows):
+@pytest.mark.parametrize("block", [4, 9, 128])
+def test_received_attention_equals_the_definition(rng, monkeypatch, heads, later, rows, block):
     monkeypatch.setattr(attention_module, "QUERY_CHUNK", 4)
+    monkeypatch.setattr(attention_module, "BLOCK", block)
     q = rng.normal(size=(2, 4, 9, 8)).astype(np.float32)
     k, v = rng.normal(size=(2, 2, 2, 9, 8)).astype(np.float32)
     asks = np.zeros((1, 2, 9), np.float32)
     asks[0, 0, [3, 6, 8]], asks[0, 1, [5]] = 1, 1
-    mask = causal_mask(jnp.ones((2, 9), bool))
     watch = Watch(jnp.asarray(asks), heads=heads, later=later, rows=rows)
-    _, received = watched_attention(q, k, v, mask, watch)
+    _, received = causal_attention(q, k, v, jnp.ones((2, 9), bool), watch)
 
     expected = np.zeros((1, 2, 9))
     for b in range(2):

@@ -5,6 +5,7 @@ Pre-RMSNorm, rotary positions, SwiGLU, grouped-query attention. Two ways through
 token a row. Layers are a plain list, so that every layer can own a cache of its own length.
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 from jaxprune.models.activations import ACTIVATIONS
 from jaxprune.models.llama.config import LlamaConfig
 from jaxprune.ops import rope
-from jaxprune.ops.attention import Watch, attention, causal_mask, watched_attention
+from jaxprune.ops.attention import Watch, attention, cached_attention, causal_attention
 from jaxprune.ops.schedule import AFTER_ATTENTION, BETWEEN_LAYERS, NO_CUTS, Schedule
 
 
@@ -39,7 +40,8 @@ class LayerCache(flax.struct.PyTreeNode):
     """One layer's keys and values, with room for the tokens still to come.
 
     Attributes:
-        k: `[B, key/value heads, S + new, d]`, rotated.
+        k: `[B * key/value heads, S + new, d]`, rotated. One axis for rows and heads is what
+            a batched product takes: with two, XLA on a CPU copies the cache at every step.
         v: as `k`.
         valid: bool `[B, S + new]`. Every layer has its own, so that all can be donated.
         length: int32 `[]`, S: generated token i goes to slot S + i of every row.
@@ -161,16 +163,15 @@ class LlamaLayer(nn.Module):
         x: jax.Array,
         positions: jax.Array,
         inv_freq: jax.Array,
-        mask: jax.Array,
+        valid: jax.Array,
+        mask: jax.Array | None = None,
         watch: Watch | None = None,
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
         """Attention among `[B, S, D]`: heads `[B, S, H * d]`, k, v, and what `watch` asks for."""
         q, k, v = self.self_attn.qkv(self.input_layernorm(x), positions, inv_freq)
-        received = None
-        if watch is None:
-            heads = attention(q, k, v, mask)
-        else:
-            heads, received = watched_attention(q, k, v, mask, watch)
+        if mask is not None:
+            return join_heads(attention(q, k, v, mask)), k, v, None
+        heads, received = causal_attention(q, k, v, valid, watch)
         return join_heads(heads), k, v, received
 
     def attend_cached(
@@ -185,14 +186,13 @@ class LlamaLayer(nn.Module):
         q, k, v = self.self_attn.qkv(self.input_layernorm(x), positions, inv_freq)
         slot = cache.length + step
         seen = jnp.ones((x.shape[0], 1), bool)
-        update = jax.lax.dynamic_update_slice_in_dim
+        update = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=1)
         cache = cache.replace(
-            k=update(cache.k, k, slot, axis=2),
-            v=update(cache.v, v, slot, axis=2),
-            valid=update(cache.valid, seen, slot, axis=1),
+            k=update(cache.k, _merge_heads(k)),
+            v=update(cache.v, _merge_heads(v)),
+            valid=update(cache.valid, seen),
         )
-        out = attention(q, cache.k, cache.v, cache.valid[:, None, :])
-        return join_heads(out), cache
+        return join_heads(cached_attention(q, cache.k, cache.v, cache.valid)), cache
 
     def feed_forward(self, x: jax.Array, heads: jax.Array) -> jax.Array:
         """The rest of the layer: output projection and MLP, each with its residual."""
@@ -254,18 +254,18 @@ class LlamaDecoder(nn.Module):
         """
         length = jnp.max(jnp.where(tokens.valid, tokens.positions, -1), axis=-1) + 1
         inv_freq = rope_frequencies(self.config, length)
-        mask = causal_mask(tokens.valid) if mask is None else mask
         caches, records = [], []
         for l, layer in enumerate(self.layers):
             watch = schedule.watch(l, tokens)
-            heads, k, v, received = layer.attend(tokens.x, tokens.positions, inv_freq, mask, watch)
+            heads, k, v, received = layer.attend(
+                tokens.x, tokens.positions, inv_freq, tokens.valid, mask, watch
+            )
             caches.append(_new_cache(k, v, tokens.valid, new_slots))
             # The heads go along, so that the output projection is spared the dropped tokens.
             tokens, heads = schedule.apply(AFTER_ATTENTION, l, (tokens, heads), received, counts)
             tokens = tokens.replace(x=layer.feed_forward(tokens.x, heads))
             (tokens,) = schedule.apply(BETWEEN_LAYERS, l, (tokens,), received, counts)
             if l in schedule.layers:
-                mask = causal_mask(tokens.valid)
                 records.append(schedule.record(tokens, received))
         return Prefilled(tokens, tuple(caches), tuple(records))
 
@@ -297,11 +297,16 @@ class LlamaDecoder(nn.Module):
         return self.logits(x[:, 0]), tuple(updated)
 
 
+def _merge_heads(x: jax.Array) -> jax.Array:
+    """`[B, key/value heads, S, d]` -> `[B * key/value heads, S, d]`."""
+    return x.reshape(-1, *x.shape[2:])
+
+
 def _new_cache(k: jax.Array, v: jax.Array, valid: jax.Array, new_slots: int) -> LayerCache:
-    room = ((0, 0), (0, 0), (0, new_slots), (0, 0))
+    room = ((0, 0), (0, new_slots), (0, 0))
     return LayerCache(
-        k=jnp.pad(k, room),
-        v=jnp.pad(v, room),
+        k=jnp.pad(_merge_heads(k), room),
+        v=jnp.pad(_merge_heads(v), room),
         valid=jnp.pad(valid, ((0, 0), (0, new_slots))),
         length=jnp.asarray(valid.shape[1], jnp.int32),
     )
