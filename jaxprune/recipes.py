@@ -26,7 +26,7 @@ import pathlib
 from typing import Any
 
 from jaxprune.errors import UserError
-from jaxprune.json_file import read_json
+from jaxprune.json_file import is_file, read_json
 
 SCHEMA = 1
 PUBLISHED = pathlib.Path(__file__).parent / "assets" / "recipes"
@@ -116,9 +116,9 @@ def load_recipe(path: Any) -> Recipe:
         UserError: when it is missing, damaged, of another schema, or lacks a field.
     """
     path = pathlib.Path(path).expanduser()
-    if not path.is_file():
-        raise UserError(f"The recipe {path} does not exist; expected a JSON file.")
-    fields = read_json(path)
+    if not is_file(path):
+        raise UserError(f"The recipe {str(path)[:300]} does not exist; expected a JSON file.")
+    fields = read_json(path, repair="make it anew")
     if fields.pop("schema", None) != SCHEMA:
         raise UserError(f"{path} is no recipe of schema {SCHEMA}; make it anew with this version.")
     _check_fields(fields, _FIELDS, str(path))
@@ -138,6 +138,8 @@ def _check_fields(
     for name, kind in expected.items():
         if not isinstance(fields[name], kind) or isinstance(fields[name], bool):
             raise UserError(f"{where} has {name}={fields[name]!r}, of the wrong type.")
+        if kind is int and fields[name] < 1:
+            raise UserError(f"{where} has {name}={fields[name]!r}; expected 1 or more.")
 
 
 def save_recipe(recipe: Recipe, path: Any) -> None:

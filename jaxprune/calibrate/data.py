@@ -7,6 +7,7 @@ from typing import Any
 
 from jaxprune import scenes
 from jaxprune.errors import UserError
+from jaxprune.json_file import is_file
 
 DEFAULT_SAMPLES = 192
 
@@ -36,11 +37,12 @@ def read_samples(path: Any, *, limit: int | None = None) -> list[Sample]:
         UserError: for a missing or empty file, or a line that is no sample; it names the line.
     """
     path = pathlib.Path(path).expanduser()
-    if not path.is_file():
-        raise UserError(f"The data file {path} does not exist; expected JSONL.")
+    if not is_file(path):
+        raise UserError(f"The data file {str(path)[:300]} does not exist; expected JSONL.")
     samples = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines: JSON may hold other line separators as they are.
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as text ({error}).") from None
     for number, line in enumerate(lines, start=1):
@@ -60,8 +62,8 @@ def read_samples(path: Any, *, limit: int | None = None) -> list[Sample]:
                 "'image', 'question' and 'answer'."
             )
         image = path.parent / fields["image"]
-        if not image.is_file():
-            raise UserError(f"{path}, line {number}: the image {image} does not exist.")
+        if not is_file(image):
+            raise UserError(f"{path}, line {number}: the image {str(image)[:300]} does not exist.")
         samples.append(Sample(image, fields["question"], fields.get("answer", "")))
         if limit is not None and len(samples) == limit:
             break

@@ -43,7 +43,7 @@ class Memory:
         )
         self._task = self._bar.add_task(label, total=None)
         if self.path is not None and self.path.exists():
-            saved = read_json(self.path)
+            saved = read_json(self.path, repair="remove it")
             if saved.get("identity") != self.identity:
                 raise UserError(
                     f"{self.path} is of a calibration with other settings, samples or model; "
@@ -57,7 +57,9 @@ class Memory:
 
     def __exit__(self, kind: Any, *_: Any) -> None:
         self._bar.stop()
-        if kind is None and self.path is not None:
+        # Kept for another try behind an interruption or a crash, not where the answer is known.
+        finished = kind is None or issubclass(kind, UserError)
+        if finished and self.path is not None:
             self.path.unlink(missing_ok=True)
 
     def expect(self, evaluations: int) -> None:
@@ -82,3 +84,5 @@ class Memory:
             partial.replace(self.path)
         except OSError as error:
             raise UserError(f"Cannot write {self.path} ({error}).") from None
+        finally:
+            partial.unlink(missing_ok=True)

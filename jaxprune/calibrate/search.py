@@ -34,7 +34,7 @@ def greedy_search(
         grid: the rates to choose from, ascending, the last one 1.
     """
     rates = [1.0] * num_hidden_layers
-    least = score(tuple(rates)) - tolerance
+    least = score(tuple(rates)) - tolerance - 1e-9  # shares of samples, in floating point
     high = len(grid) - 1
     for l in range(first_pruned_layer, num_hidden_layers):
         # The rate of the layer before is feasible, or it would not have been chosen.
@@ -132,7 +132,8 @@ def tail_exponent(
     most = share(high)
     if most < target:
         raise UserError(
-            f"No c keeps {target:g} of the visual tokens on average; the most is {most:.4f}. Ask "
+            f"No c keeps {target:g} of the visual tokens on average; the most is "
+            f"{math.floor(1e4 * most) / 1e4:.4f}. Ask "
             "for less, or for a smaller stage2."
         )
     if share(low) >= target:

@@ -65,7 +65,8 @@ class PyramidDrop(KeepRates):
 
     def __post_init__(self) -> None:
         check_share("keep_rate", self.keep_rate, zero=True)
-        check_layer("stages", self.stages)
+        if isinstance(self.stages, bool) or not isinstance(self.stages, int) or self.stages < 1:
+            raise UserError(f"stages is {self.stages!r}; expected a whole number, 1 or more.")
 
     @property
     def score(self) -> Score:

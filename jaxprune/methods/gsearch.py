@@ -15,13 +15,14 @@ prompt's last token alone, as FastV does. The paper leaves the queries open.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from typing import Any, ClassVar
 
 from jaxprune import recipes
 from jaxprune.errors import UserError
-from jaxprune.methods.base import Depth, KeepRates, check_layer, check_share
+from jaxprune.methods.base import Depth, KeepRates, check_depth, check_layer, check_share
 from jaxprune.ops.schedule import Score
 
 STEEPEST = 50.0
@@ -123,6 +124,7 @@ class PSigmoid(KeepRates):
         if k is None:
             k = recipes.nearest_sigmoid(depth.family, depth.num_hidden_layers, self.keep_rate)
         first, L = self.first_pruned_layer, depth.num_hidden_layers
+        check_depth("first_pruned_layer", first, depth)
         alpha = solve_alpha(self.keep_rate, k, first_pruned_layer=first, num_hidden_layers=L)
         return sigmoid_rates(k, alpha, first_pruned_layer=first, num_hidden_layers=L)
 
@@ -140,6 +142,7 @@ def sigmoid_rates(
     return tuple(rate(l) for l in range(num_hidden_layers))
 
 
+@functools.lru_cache(maxsize=256)
 def solve_alpha(
     keep_rate: float, k: float, *, first_pruned_layer: int, num_hidden_layers: int
 ) -> float:
