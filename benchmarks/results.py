@@ -35,6 +35,10 @@ COMMENT = "## What holds, and what does not"
 BUDGETS = (0.5, 0.25, 0.125, 0.0625)
 console = Console(stderr=True)
 COMPILATIONS: list[str] = []
+COLORS = [
+    *("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2"),
+    *("#7f7f7f", "#bcbd22", "#17becf", "#000080", "#008060", "#a05000", "#404040"),
+]
 
 
 def note_compilation(event: str, duration: float, **_: Any) -> None:
@@ -92,6 +96,7 @@ def settings(params: Any, store: Store) -> list[tuple[str, str, dict[str, Any]]]
         name = "recipe " + " ".join(str(value) for value in options.values())
 
         def make() -> dict[str, Any]:
+            jax.clear_caches()  # so that a search's own compilations are counted
             before = len(COMPILATIONS)
             made = dataclasses.asdict(jaxprune.calibrate(params, **options))
             made["calibration"]["compilations"] = len(COMPILATIONS) - before
@@ -208,13 +213,13 @@ def mass_lost(data: Any, method: FitPrune) -> dict[str, float]:
     everything = FitSchedule(
         layers=tuple(range(L)), cut=AFTER_ATTENTION, score=method.score, query_slots=data.room.text
     )
-    B = len(data.batches[0].features)
+    B = len(data.batches[0].visual_tokens)
     zero = np.zeros((L, B), np.float32)
     plain = mask_schedule(method, depth_of(config), data.room)
     fields = {f.name: getattr(plain, f.name) for f in dataclasses.fields(Schedule)}
 
     def counts(batch: Any) -> np.ndarray:
-        return candidates_left(method, depth_of(config), batch.layout.kind, data.visual(batch))
+        return candidates_left(method, depth_of(config), batch.layout.kind, batch.visual_tokens)
 
     before = evaluate.run_set(
         data, evaluate.run_prompts, everything, lambda _: (np.float32(-1), zero, zero)
@@ -233,7 +238,8 @@ def cls_curve(params: Any) -> list[float]:
     """The sorted CLS attention, mean over calibration images, as shares of its sum."""
     samples = scene_samples()
     data = encode_samples(params, samples, signals=frozenset({"cls_attention"}))
-    s = np.concatenate([b.signals["cls_attention"][: b.rows] for b in data.batches])
+    tiles = [b.patches.signals["cls_attention"][: b.rows] for b in data.batches]
+    s = np.concatenate(tiles)[:, 0]  # of the only tile
     ordered = -np.sort(-s, axis=1)
     return (ordered / ordered.sum(1, keepdims=True)).mean(0).tolist()
 
@@ -287,6 +293,7 @@ def plot(rows: list[dict], path: pathlib.Path) -> None:
             ms=4,
             lw=1.2,
             label=name,
+            color=COLORS[i % len(COLORS)],
             **style,
         )
     axes.axhline(full["mean"], color="black", lw=0.8, ls=":")

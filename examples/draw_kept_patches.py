@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 import jaxprune
 from jaxprune.images import load_image
-from jaxprune.show import kept_patches, what_the_model_sees
+from jaxprune.show import kept_patches, views
 
 SIDE, GAP, CAPTION = 288, 16, 34
 
@@ -23,14 +23,13 @@ def main() -> None:
     args = parser.parse_args()
 
     params = jaxprune.load(args.model)
-    seen = what_the_model_sees(params, load_image(args.image))
+    seen = views(params, load_image(args.image))[0]
     panels = []
     for method in ("none", "prumerge", "prumerge_plus"):
         answer = jaxprune.generate(
             params, args.image, args.prompt, method=method, return_details=True
         )
-        grid = params.config.vision_config.grid_size
-        picture = kept_patches(seen, answer.kept_indices[0], grid, side=SIDE)
+        picture = kept_patches(seen, answer.kept_indices[0], side=SIDE)
         caption = f"{method}: {answer.visual_tokens[0]} tokens, “{answer.text}”"
         panels.append((picture, caption))
 

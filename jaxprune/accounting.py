@@ -147,11 +147,11 @@ def prompt_cost(
         entering = visual_tokens
     else:
         plan.vision.check(full - config.keep_cls)
-        fixed = plan.vision.fixed_count(full - config.keep_cls)
+        fixed = plan.vision.fixed_count(full - config.keep_cls) if config.one_tile else None
         if fixed is None:
             raise UserError(
                 f"How many tokens {plan.vision.name} leaves depends on the image; give their "
-                "number as visual_tokens, or a fixed keep."
+                f"number as visual_tokens{', or a fixed keep' if config.one_tile else ''}."
             )
         entering = fixed + config.keep_cls
     layers = config.text_config.num_hidden_layers

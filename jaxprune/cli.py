@@ -24,6 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 _stderr = Console(stderr=True)
+MOST_TOKENS = 1_000_000  # of a prompt whose cost is counted
 
 ModelOption = Annotated[
     pathlib.Path | None,
@@ -53,7 +54,16 @@ def _method(name: str) -> Any:
     return parts[0] if len(parts) == 1 else tuple(parts)
 
 
-def _options(extra: list[str] | None, **named: float | int | None) -> dict[str, Any]:
+# What --option cannot set: parameters of the functions behind the commands.
+_TAKEN = frozenset(
+    {
+        *("params", "image", "prompt", "method", "max_new_tokens", "temperature", "top_k", "top_p"),
+        *("stop", "chat", "return_details", "config", "processor", "buckets", "layers", "side"),
+    }
+)
+
+
+def _options(extra: list[str] | None, *taken: str, **named: float | int | None) -> dict[str, Any]:
     """Method options from the command line; values are read as JSON where they are."""
     options: dict[str, Any] = dict(named)
     for item in extra or ():
@@ -64,7 +74,13 @@ def _options(extra: list[str] | None, **named: float | int | None) -> dict[str, 
             value = json.loads(text)
         except ValueError:
             value = text
-        options[name.strip().replace("-", "_")] = tuple(value) if isinstance(value, list) else value
+        name = name.strip().replace("-", "_")
+        if name in _TAKEN or name in taken:
+            raise UserError(
+                f"--option sets options of a method, and {name} is none; see `jaxprune methods` "
+                "for those, and --help for the command's own."
+            )
+        options[name] = tuple(value) if isinstance(value, list) else value
     return options
 
 
@@ -109,7 +125,7 @@ def generate(
         stop=stop or (),
         chat=not raw,
         return_details=True,
-        **_options(option, keep=keep, save=save, keep_rate=keep_rate),
+        **_options(option, "seed", keep=keep, save=save, keep_rate=keep_rate),
     )
     answer = answers[0]
     if not as_json:
@@ -182,6 +198,10 @@ def cost(
         int | None,
         typer.Option(help="Visual tokens that enter the decoder; for what depends on the image."),
     ] = None,
+    image_size: Annotated[
+        str | None,
+        typer.Option(help="WIDTHxHEIGHT in pixels, for models whose images differ in tokens."),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="Of the caches.")] = "bfloat16",
     as_json: JsonOption = False,
 ) -> None:
@@ -191,11 +211,21 @@ def cost(
 
     config = _config(model, dtype)
     for name, value in (("--text-tokens", text_tokens), ("--visual-tokens", visual_tokens)):
-        if value is not None and value < 0:
-            raise UserError(f"{name} is {value}; expected 0 or more.")
+        if value is not None and not 0 <= value <= MOST_TOKENS:
+            raise UserError(f"{name} is {value}; expected a number from 0 to {MOST_TOKENS:,}.")
     options = _options(option, keep=keep, save=save, keep_rate=keep_rate)
     plan = resolve(_method(method), config, **options)
-    before = visual_tokens if plan.vision is None else None
+    before = None
+    if image_size is not None:
+        before = config.tiling(*_height_and_width(image_size)).num_tokens + config.keep_cls
+    if plan.vision is None and visual_tokens is not None:
+        before = visual_tokens
+    elif plan.vision is not None and visual_tokens is not None:
+        most = config.num_image_tokens if before is None else before
+        if visual_tokens > most:
+            raise UserError(
+                f"--visual-tokens is {visual_tokens}, but an image has {most} before pruning."
+            )
     found = prompt_cost(
         config,
         plan,
@@ -225,6 +255,13 @@ def cost(
         f"cache.\nCounted: {FORMULA}.\nApart: ranking {found.score_macs / 1e9:.3f} GMAC, "
         f"logits of one token {found.lm_head_macs / 1e9:.3f} GMAC."
     )
+
+
+def _height_and_width(text: str) -> tuple[int, int]:
+    width, cross, height = text.lower().partition("x")
+    if not cross or not width.isdecimal() or not height.isdecimal() or not int(width) * int(height):
+        raise UserError(f"--image-size is {text!r}; expected pixels, e.g. 672x672.")
+    return int(height), int(width)
 
 
 def _config(model: str | None, dtype: str) -> Any:

@@ -13,8 +13,8 @@ MAX_PIXELS = 89_478_485
 """Pillow's own bound (a quarter of a gigabyte at 3 bytes); larger images are refused."""
 
 MAX_ASPECT = 300
-"""Longer strips are cropped to their middle before they are resized: what a centre crop
-would throw away anyway, but at the size of the resized strip."""
+"""Longer strips are cropped to their middle before they are resized to a square: what a
+centre crop would throw away anyway, but at the size of the resized strip."""
 
 
 def load_image(image: Any) -> Image.Image:
@@ -98,10 +98,11 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         elif image.mode == "F" and levels.min(initial=0) >= 0 and most <= 1:
             levels = levels * 255
         image = Image.fromarray(np.clip(np.rint(levels), 0, 255).astype(np.uint8))
-    return _crop_strip(image.convert("RGB"))
+    return image.convert("RGB")
 
 
-def _crop_strip(image: Image.Image) -> Image.Image:
+def crop_strip(image: Image.Image) -> Image.Image:
+    """The middle of a strip longer than `MAX_ASPECT`, any other image as it is."""
     long, short = max(image.size), min(image.size)
     if long <= MAX_ASPECT * short:
         return image

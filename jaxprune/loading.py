@@ -70,9 +70,8 @@ def load(
     arrays, config = checkpoints_convert.load_checkpoint(
         path, dtype=dtype, mesh=mesh, vision_tower=vision_tower, show_progress=show_progress
     )
-    original = is_original(read_json(path / "config.json"))
-    size = config.vision_config.image_size if original else None
-    return Params(arrays, config, load_processor(path, original_size=size))
+    original = config if is_original(read_json(path / "config.json")) else None
+    return Params(arrays, config, load_processor(path, original=original))
 
 
 def export(params: Params, directory: Any, *, show_progress: bool | None = None) -> None:

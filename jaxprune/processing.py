@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from jaxprune.errors import UserError
+from jaxprune.images import crop_strip
 from jaxprune.json_file import read_json
 
 IMAGE_PLACEHOLDER = "<image>"
@@ -25,6 +26,15 @@ CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant "
     "gives helpful, detailed, and polite answers to the user's questions."
+)
+
+
+# What LLaVA-NeXT with Mistral was trained on: instructions in brackets, no system prompt.
+MISTRAL_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}{{ ' ' + message['content'] + eos_token }}"
+    "{% else %}{{ '[INST] ' + message['content'] + ' [/INST]' }}{% endif %}"
+    "{% endfor %}"
 )
 
 
@@ -54,32 +64,45 @@ class Processor:
         return self.tokenizer.get_vocab().get(IMAGE_PLACEHOLDER)
 
 
-def pixel_values(processor: Processor, images: Sequence[Image.Image], size: int) -> np.ndarray:
-    """RGB images -> normalised float32 `[I, size, size, 3]`.
+def pixel_values(processor: Processor, images: Sequence[Image.Image], config: Any) -> np.ndarray:
+    """RGB images -> normalised pixels of all their tiles, float32 `[F, size, size, 3]`.
+
+    The tiles of an image stand next to each other; `config.tiling` says how many there are.
 
     Raises:
-        UserError: when the processor's crop is not what the vision tower takes.
+        UserError: when the processor's tiles are not what the vision tower takes.
     """
-    arrays = [np.asarray(image) for image in images]
-    try:
-        found = processor.image_processor(arrays, input_data_format="channels_last")["pixel_values"]
-        each = [np.asarray(x, np.float32).transpose(1, 2, 0) for x in found]
-    except Exception as error:  # whatever transformers makes of odd settings
-        raise UserError(
-            f"The image processor fails ({_first_line(error)}); check preprocessor_config.json."
-        ) from None
-    for pixels in each:
-        if pixels.shape != (size, size, 3):
+    size = config.vision_config.image_size
+    tiles: list[np.ndarray] = []
+    for image in images:
+        tiling = config.tiling(image.height, image.width)
+        array = np.asarray(crop_strip(image) if tiling.tiles == 1 else image)
+        try:
+            made = processor.image_processor(array, input_data_format="channels_last")
+            found = np.asarray(made["pixel_values"][0], np.float32)
+            found = np.moveaxis(found.reshape(-1, *found.shape[-3:]), 1, -1)
+        except Exception as error:  # whatever transformers makes of odd settings
             raise UserError(
-                f"The image processor gives {pixels.shape[0]} x {pixels.shape[1]} pixels, but the "
+                f"The image processor fails ({_first_line(error)}); check preprocessor_config.json."
+            ) from None
+        if found.shape[1:] != (size, size, 3):
+            raise UserError(
+                f"The image processor gives {found.shape[1]} x {found.shape[2]} pixels, but the "
                 f"vision tower takes {size} x {size}; preprocessor_config.json is of another model."
             )
-        if not np.isfinite(pixels).all():
+        if len(found) != tiling.tiles:
+            raise UserError(
+                f"The image processor cuts an image of {image.width} x {image.height} pixels into "
+                f"{len(found)} tiles, but the model expects {tiling.tiles}; preprocessor_config."
+                "json and config.json have different image_grid_pinpoints."
+            )
+        if not np.isfinite(found).all():
             raise UserError(
                 "The image processor gives pixels that are not finite; check image_std in "
                 "preprocessor_config.json."
             )
-    return np.stack(each)
+        tiles.append(found)
+    return np.concatenate(tiles)
 
 
 def as_messages(prompt: Any, num_images: int) -> list[Message]:
@@ -250,14 +273,14 @@ def decode_text(processor: Processor, token_ids: Sequence[int]) -> str:
     return processor.tokenizer.decode(token_ids, skip_special_tokens=True).strip()
 
 
-def load_processor(directory: pathlib.Path, *, original_size: int | None = None) -> Processor:
+def load_processor(directory: pathlib.Path, *, original: Any = None) -> Processor:
     """Tokenizer, image processor and chat template of a model directory.
 
     Args:
         directory: the model's directory. Nothing in it is executed: `trust_remote_code`
             is off, and templates run in Jinja's sandbox.
-        original_size: for a directory in LLaVA's original format, which has no file for
-            its image processor: the side of the images that its vision tower takes.
+        original: for a directory in LLaVA's original format, which has no file for its
+            image processor: the model's config.
 
     Raises:
         UserError: when a part is missing or damaged.
@@ -265,11 +288,14 @@ def load_processor(directory: pathlib.Path, *, original_size: int | None = None)
     with _no_advice():  # imported here because it takes seconds
         from transformers import AutoImageProcessor, AutoTokenizer, LlamaTokenizer
         from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+        from transformers.models.llava_next.image_processing_pil_llava_next import (
+            LlavaNextImageProcessorPil,
+        )
 
     # AutoTokenizer leaves out the space in front of a text where it builds the tokenizer of
     # a "llava" from tokenizer.model; LLaMA's own class does not.
     has_json = (directory / "tokenizer.json").is_file()
-    from_model = original_size and not has_json and (directory / "tokenizer.model").is_file()
+    from_model = original and not has_json and (directory / "tokenizer.model").is_file()
     tokenizer_class = LlamaTokenizer if from_model else AutoTokenizer
     try:
         tokenizer = tokenizer_class.from_pretrained(
@@ -281,13 +307,19 @@ def load_processor(directory: pathlib.Path, *, original_size: int | None = None)
             "tokenizer.json, or tokenizer.model with sentencepiece and protobuf installed "
             "(the extra `original`)."
         ) from None
-    if original_size:
-        pad = read_json(directory / "config.json").get("image_aspect_ratio") == "pad"
-        image_processor = LlavaImageProcessorPil(
-            do_pad=pad,
-            size={"shortest_edge": original_size},
-            crop_size={"height": original_size, "width": original_size},
-        )
+    image_processor: Any
+    if original is not None:
+        side = original.vision_config.image_size
+        sizes: dict[str, Any] = {
+            "size": {"shortest_edge": side},
+            "crop_size": {"height": side, "width": side},
+        }
+        if original.one_tile:
+            pad = read_json(directory / "config.json").get("image_aspect_ratio") == "pad"
+            image_processor = LlavaImageProcessorPil(do_pad=pad, **sizes)
+        else:
+            points = [list(point) for point in original.image_grid_pinpoints]
+            image_processor = LlavaNextImageProcessorPil(image_grid_pinpoints=points, **sizes)
     else:
         try:
             image_processor = AutoImageProcessor.from_pretrained(
@@ -301,10 +333,10 @@ def load_processor(directory: pathlib.Path, *, original_size: int | None = None)
     return Processor(
         tokenizer=tokenizer,
         image_processor=image_processor,
-        chat_template=_chat_template(directory, tokenizer),
+        chat_template=_chat_template(directory, tokenizer, original=original is not None),
         eos_token_ids=_eos_token_ids(directory, tokenizer),
         directory=directory,
-        system=VICUNA_SYSTEM if original_size else None,
+        system=VICUNA_SYSTEM if original is not None else None,
     )
 
 
@@ -312,18 +344,26 @@ def processor_files(config: Any, *, do_pad: bool = False) -> dict[str, dict[str,
     """The files from which `transformers` makes the processor of a LLaVA with a CLIP tower.
 
     Args:
-        config: the model's config.
-        do_pad: images are padded to squares, instead of losing what sticks out.
+        config: the model's config, of LLaVA-1.5 or LLaVA-NeXT.
+        do_pad: LLaVA-1.5: images are padded to squares, instead of losing what sticks out.
 
     Returns:
         File names and what JSON they hold.
     """
     side = config.vision_config.image_size
-    preprocessor = {
+    own: dict[str, Any]
+    if config.one_tile:
         # CLIP's is known to every release, LLaVA's is the one that can pad.
-        "image_processor_type": "LlavaImageProcessor" if do_pad else "CLIPImageProcessor",
+        name, own = ("LlavaImageProcessor", {"do_pad": True}) if do_pad else (
+            "CLIPImageProcessor", {}
+        )  # fmt: skip
+    else:
+        points = [list(point) for point in config.image_grid_pinpoints]
+        name, own = "LlavaNextImageProcessor", {"do_pad": True, "image_grid_pinpoints": points}
+    preprocessor = {
+        "image_processor_type": name,
         "do_convert_rgb": True,
-        **({"do_pad": True} if do_pad else {}),
+        **own,
         "do_resize": True,
         "size": {"shortest_edge": side},
         "resample": 3,
@@ -336,7 +376,7 @@ def processor_files(config: Any, *, do_pad: bool = False) -> dict[str, dict[str,
         "image_std": CLIP_STD,
     }
     processor = {
-        "processor_class": "LlavaProcessor",
+        "processor_class": "LlavaProcessor" if config.one_tile else "LlavaNextProcessor",
         "image_token": IMAGE_PLACEHOLDER,
         "patch_size": config.vision_config.patch_size,
         "vision_feature_select_strategy": config.vision_feature_select_strategy,
@@ -360,7 +400,9 @@ def _no_advice() -> Iterator[None]:
             os.environ[name] = before
 
 
-def _chat_template(directory: pathlib.Path, tokenizer: Any) -> str | None:
+def _chat_template(
+    directory: pathlib.Path, tokenizer: Any, *, original: bool = False
+) -> str | None:
     if (directory / "chat_template.jinja").is_file():
         return (directory / "chat_template.jinja").read_text(encoding="utf-8")
     for name in ("chat_template.json", "processor_config.json"):
@@ -369,7 +411,11 @@ def _chat_template(directory: pathlib.Path, tokenizer: Any) -> str | None:
             if isinstance(template, str):
                 return template
     template = tokenizer.chat_template
-    return template if isinstance(template, str) else None
+    if isinstance(template, str):
+        return template
+    # The original code has its formats in Python, chosen by the name of the model.
+    named = str(read_json(directory / "config.json").get("model_type")) if original else ""
+    return MISTRAL_TEMPLATE if "mistral" in named else None
 
 
 def _eos_token_ids(directory: pathlib.Path, tokenizer: Any) -> tuple[int, ...]:

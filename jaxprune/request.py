@@ -9,7 +9,7 @@ from PIL import Image
 
 from jaxprune.errors import UserError
 from jaxprune.images import load_image
-from jaxprune.ops.schedule import ANSWER, CONTEXT, LAST, QUESTION, VISUAL
+from jaxprune.ops.schedule import ANSWER, CONTEXT, LAST, LAST_VISUAL, QUESTION, VISUAL
 from jaxprune.processing import (
     IMAGE_PLACEHOLDER,
     Processor,
@@ -45,10 +45,13 @@ class Request:
     single: bool
 
 
-def make_request(processor: Processor, image: Any, prompt: Any, *, chat: bool) -> Request:
+def make_request(
+    processor: Processor, image: Any, prompt: Any, *, chat: bool, answer: str | None = None
+) -> Request:
     """Pair prompts with images, apply the chat template, tokenize.
 
     Args:
+        answer: what is said to every prompt, to be scored; the end of sequence follows it.
         image: None, one image, or a list: an image (or a list of images) for each prompt.
         prompt: a string, a conversation (list of messages), or a list of either.
         chat: apply the chat template; False takes prompts as they stand.
@@ -73,8 +76,23 @@ def make_request(processor: Processor, image: Any, prompt: Any, *, chat: bool) -
         elif not text.replace(IMAGE_PLACEHOLDER, "").strip():
             raise UserError("The prompt is empty; ask something about the image.")
         pieces = tokenize(processor, text, number)
-        rows.append(Row(pieces, [distinct[id(item)] for item in row_images]))
+        said = () if answer is None else _answer_ids(processor, text, answer, pieces)
+        rows.append(Row(pieces, [distinct[id(item)] for item in row_images], said))
     return Request(rows, loaded, single)
+
+
+def _answer_ids(processor: Processor, text: str, answer: str, pieces: list[list[int]]) -> list[int]:
+    """Token ids of an answer behind a prompt, which may split it otherwise than alone."""
+    space = "" if text[-1:].isspace() else " "
+    *_, last = tokenize(processor, text + space + answer.strip(), len(pieces) - 1)
+    known = pieces[-1]
+    if last[: len(known)] == known:
+        ids = last[len(known) :]
+    else:  # its first letters join the prompt's last ones
+        ids = processor.tokenizer(space + answer.strip(), add_special_tokens=False)["input_ids"]
+    ends = processor.eos_token_ids
+    own = processor.tokenizer.eos_token_id
+    return [*ids, *([own] if own in ends else ends[:1])]
 
 
 def _pair(image: Any, prompt: Any) -> tuple[list[Any], list[list[Any]], bool]:
@@ -167,7 +185,13 @@ def visual_length(row: Row, counts: np.ndarray) -> int:
 
 
 def lay_out(
-    rows: Sequence[Row], counts: np.ndarray, capacity: int, *, batch: int, sequence: int
+    rows: Sequence[Row],
+    counts: np.ndarray,
+    capacity: int,
+    *,
+    batch: int,
+    sequence: int,
+    fixed: int = 0,
 ) -> Layout:
     """Text and visual tokens of every row in order, without gaps, padded on the right.
 
@@ -177,6 +201,7 @@ def lay_out(
         capacity: slots that each image has in the visual tokens, K.
         batch: rows to pad to; the padding rows are one token long.
         sequence: slots to pad to.
+        fixed: visual tokens at the beginning of every image that are never pruned.
     """
     token_ids = np.zeros((batch, sequence), np.int32)
     visual_index = np.full((batch, sequence), -1, np.int32)
@@ -192,9 +217,9 @@ def lay_out(
             if i < len(row.images):
                 image, count = row.images[i], int(counts[row.images[i]])
                 visual_index[b, slot : slot + count] = image * capacity + np.arange(count)
-                kind[b, slot : slot + count] = VISUAL
+                kind[b, slot + fixed : slot + count] = VISUAL
                 slot += count
-        kind[b, slot - 1] = LAST
+        kind[b, slot - 1] = LAST if visual_index[b, slot - 1] < 0 else LAST_VISUAL
         token_ids[b, slot : slot + len(row.answer)] = row.answer
         kind[b, slot : slot + len(row.answer)] = ANSWER
         lengths[b] = slot + len(row.answer)

@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import stages
@@ -23,6 +22,7 @@ from jaxprune.errors import UserError
 from jaxprune.loading import Params
 from jaxprune.methods import Plan, RandomPlaces, depth_of, resolve
 from jaxprune.ops.schedule import NO_CUTS, Schedule
+from jaxprune.ops.tiles import pack_tilings
 from jaxprune.ops.visual import Selection
 from jaxprune.processing import Processor, decode_text, pixel_values
 from jaxprune.request import (
@@ -52,7 +52,8 @@ class Answer:
         visual_tokens: for each image, how many of them were visual.
         unpruned_visual_tokens: for each image, how many there are without pruning.
         kept_indices: for each image, the patches that stayed, int32, in the decoder's
-            order; -1 for a token that stands for several.
+            order; -1 for a token that stands for several, -2 for a newline. Of an image of
+            several tiles a patch is tile * (patches of a tile) + its place in the tile.
         kept_by_layer: for each decoder layer that drops tokens, for each image, the patches
             that are left behind it.
         cost: tokens, multiply-adds and cache bytes in every decoder layer, exact and as
@@ -106,11 +107,12 @@ class Run:
         self.plan, self.buckets = _resolve(method, self.config, seed, method_options), buckets
         self.max_new_tokens = max_new_tokens
         self.seconds: dict[str, float] = {}
-        if self.plan.vision is not None:
-            self.plan.vision.check(self.config.num_image_tokens - self.config.keep_cls)
-
         with self._timed("preprocess"):
             self.request: Request = make_request(self.processor, image, prompt, chat=chat)
+            sizes = [(image.height, image.width) for image in self.request.images]
+            self.tilings = [self.config.tiling(*size) for size in sizes]
+            if self.plan.vision is not None and self.tilings:
+                self.plan.vision.check(min(tiling.num_patches for tiling in self.tilings))
             rows = len(self.request.rows)
             self.batch = buckets.fit("batch", rows)
             seeds = _seeds(seed, rows)
@@ -124,7 +126,8 @@ class Run:
             self.greedy = sampling_options["temperature"] == 0
             self.eos = np.asarray(self.processor.eos_token_ids or (-1,), np.int32)
             # Before any work on an accelerator: the part of the length that is known now.
-            self._check_context(np.zeros(len(self.request.images), int))
+            known = self._unpruned() if self.plan.vision is None else 0 * self._unpruned()
+            self._check_context(known)
 
     def start(self) -> None:
         """Everything up to the first token of every row."""
@@ -135,9 +138,14 @@ class Run:
             self.max_new_tokens, self.config.text_config.context_length - longest
         )
         capacity = 0 if selection is None else selection.tokens.shape[1]
-        room = self._room(capacity)
+        room = self._room(counts, capacity)
         self.layout: Layout = lay_out(
-            self.request.rows, counts, capacity, batch=self.batch, sequence=sum(room)
+            self.request.rows,
+            counts,
+            capacity,
+            batch=self.batch,
+            sequence=sum(room),
+            fixed=int(self.config.keep_cls),
         )
         self.schedule, left = self._schedule(room, counts)
         with self._timed("prefill"):
@@ -147,7 +155,7 @@ class Run:
                 self.layout.visual_index,
                 self.layout.kind,
                 self.layout.lengths,
-                None if selection is None else selection.tokens,
+                selection,
                 config=self.config,
             )
             self.state, self.first_logits, self.survivors = jax.block_until_ready(
@@ -169,13 +177,29 @@ class Run:
         self.indices = None if selection is None else np.asarray(selection.indices)
         self._fetch()
 
-    def _room(self, capacity: int) -> Lengths:
+    def _unpruned(self) -> np.ndarray:
+        """Visual tokens of each image before any pruning: int `[I]`."""
+        counts = [tiling.num_tokens + self.config.keep_cls for tiling in self.tilings]
+        return np.array(counts, int)
+
+    def _room(self, counts: np.ndarray, capacity: int) -> Lengths:
         """The buckets of the batch's rows, whose images have `capacity` slots each."""
         rows, fit = self.request.rows, self.buckets.fit
-        # A row that ends with an image keeps its last visual token, which then counts as text.
-        text = fit("text", max(text_length(row) + (not row.pieces[-1]) for row in rows))
+        # What is never pruned counts as text: the last token of a row that ends with an image,
+        # and every CLS where that is a feature.
+        text = fit(
+            "text",
+            max(
+                text_length(row) + (not row.pieces[-1]) + self.config.keep_cls * len(row.images)
+                for row in rows
+            ),
+        )
         images = max(len(row.images) for row in rows)
-        return Lengths(text, fit("row_images", images) * capacity if images else 0)
+        if not images:
+            return Lengths(text, 0)
+        whole = fit("row_images", images) * capacity
+        longest = max(visual_length(row, counts) for row in rows)
+        return Lengths(text, whole if longest == whole else min(fit("visual", longest), whole))
 
     def _schedule(self, room: Lengths, counts: np.ndarray) -> tuple[Schedule, np.ndarray | None]:
         """What the decoder drops, and how many candidates it leaves: int32 `[L, B]`."""
@@ -228,36 +252,55 @@ class Run:
     def _visual_tokens(self) -> Selection:
         """Encode all images of the batch and prune them."""
         config, method = self.config, self.plan.vision
+        fit = self.buckets.fit
         with self._timed("preprocess"):
-            pixels = pixel_values(
-                self.processor, self.request.images, config.vision_config.image_size
+            pixels = pixel_values(self.processor, self.request.images, config)
+            single = all(tiling.tiles == 1 for tiling in self.tilings)
+            images = fit("images", len(self.tilings))
+            tiles = images if single else fit("tiles", len(pixels))
+            packing = pack_tilings(
+                self.tilings,
+                images=images,
+                tiles=tiles,
+                image_tiles=fit("image_tiles", max(tiling.tiles for tiling in self.tilings)),
+                slots=self._slots(max(tiling.num_tokens for tiling in self.tilings)),
             )
-            padding = self.buckets.fit("images", len(pixels)) - len(pixels)
-            pixels = np.pad(pixels, ((0, padding), (0, 0), (0, 0), (0, 0)))
+            pixels = np.pad(pixels, ((0, tiles - len(pixels)), (0, 0), (0, 0), (0, 0)))
         with self._timed("encode"):
             signals = frozenset() if method is None else method.signals
             vision = stages.encode(self.params, pixels, config=config, signals=signals)
             jax.block_until_ready(vision)
-        images, N = vision.features.shape[:2]
-        if method is None:
-            return Selection(
-                tokens=vision.features,
-                counts=jnp.full(images, N, jnp.int32),
-                indices=jnp.tile(jnp.arange(N, dtype=jnp.int32) - config.keep_cls, (images, 1)),
-            )
         with self._timed("select"):
-            patches = N - config.keep_cls
-            capacity = method.fixed_count(patches)
-            if capacity is None:
-                # The one number an image that the host has to know.
-                counts = np.asarray(stages.count(vision, config=config, method=method))
-                most = int(counts[: len(self.request.images)].max())
-                bucket = self.buckets.fit("visual", most)
-                capacity = min(bucket - config.keep_cls, patches + method.extra_tokens)
+            patches = vision.features.shape[1] - config.keep_cls
+            tile_capacity, capacity = 0, packing.slots.shape[1] + config.keep_cls
+            fixed = method.fixed_count(patches) if method is not None and single else None
+            if fixed is not None:
+                tile_capacity, capacity = min(fixed, patches), fixed + config.keep_cls
+            elif method is not None:
+                # The numbers that the host has to know: an image's tokens, a tile's patches.
+                counts, kept = jax.device_get(
+                    stages.count(vision, packing, config=config, method=method)
+                )
+                most = int(counts[: len(self.tilings)].max())
+                full = capacity + (packing.tile.shape[1] if method.merges else 0)
+                capacity = min(fit("visual", most), full)
+                if method.merges:
+                    room = capacity if single else fit("tile_patches", max(1, int(kept.max())))
+                    tile_capacity = min(room, patches)
             selection = stages.select(
-                vision, config=config, method=method, capacity=capacity + config.keep_cls
+                vision,
+                packing,
+                config=config,
+                method=method,
+                tile_capacity=tile_capacity,
+                capacity=capacity,
             )
             return jax.block_until_ready(selection)
+
+    def _slots(self, tokens: int) -> int:
+        """Room for the patches and newlines of one image: a bucket, or all there can be."""
+        most = self.config.num_image_tokens - self.config.keep_cls
+        return most if tokens == most else min(self.buckets.fit("visual", tokens), most)
 
     def _check_context(self, counts: np.ndarray) -> int:
         longest = max(row_lengths(self.request.rows, counts))
@@ -299,7 +342,7 @@ class Run:
             finish_reason=reason,
             prompt_tokens=row_lengths([row], self.counts)[0],
             visual_tokens=[int(self.counts[i]) for i in row.images],
-            unpruned_visual_tokens=[self.config.num_image_tokens] * len(row.images),
+            unpruned_visual_tokens=self._unpruned()[row.images].tolist(),
             kept_indices=kept,
             kept_by_layer=self._kept_by_layer(b),
             cost=self._cost(row),
@@ -316,10 +359,14 @@ class Run:
             # Before anything is dropped, a token's position is its slot.
             slots = np.asarray(positions)[b][np.asarray(valid)[b]]
             visual = self.layout.visual_index[b, slots]
-            image, place = np.divmod(visual[visual >= 0], max(self.capacity, 1))
+            _, place = np.divmod(visual[visual >= 0], max(self.capacity, 1))
+            # An image may stand in a prompt twice, so what counts is which of its images it is.
+            images = self.request.rows[b].images
+            standing = np.cumsum(self.layout.visual_index[b] >= 0)[slots[visual >= 0]] - 1
+            which = np.searchsorted(np.cumsum(self.counts[images]), standing, side="right")
             found[layer] = [
-                self.indices[i, place[(image == i) & (place >= first)]]
-                for i in self.request.rows[b].images
+                self.indices[i, place[(which == n) & (place >= first)]]
+                for n, i in enumerate(images)
             ]
         return found
 
@@ -328,7 +375,7 @@ class Run:
             self.config,
             self.plan,
             text_tokens=text_length(row),
-            unpruned_visual_tokens=self.config.num_image_tokens * len(row.images),
+            unpruned_visual_tokens=int(self._unpruned()[row.images].sum()),
             visual_tokens=visual_length(row, self.counts),
         )
         slots, new = self.layout.token_ids.shape[1], self.state.tokens.shape[1]
@@ -368,8 +415,14 @@ def _seeds(seed: Any, rows: int) -> list[int]:
 def _resolve(method: Any, config: Any, seed: Any, options: dict[str, Any]) -> Plan:
     """A named method that draws at random takes the request's seed."""
     parts = method if isinstance(method, tuple | list) else [method]
-    if any(part == RandomPlaces.name for part in parts) and isinstance(seed, int):
-        options = {"seed": seed, **options}
+    drawn = any(isinstance(part, str) and part == RandomPlaces.name for part in parts)
+    if drawn and isinstance(seed, int | np.integer):
+        options = {"seed": int(seed), **options}
+    elif drawn and "seed" not in options:
+        raise UserError(
+            'The method "random" draws once for all rows, but several seeds came; pass '
+            "method=jaxprune.RandomPlaces(keep=..., seed=...)."
+        )
     return resolve(method, config, **options)
 
 

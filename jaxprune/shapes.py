@@ -20,8 +20,12 @@ class Buckets:
     Attributes:
         batch: rows of a request.
         images: images of a request, all rows together.
+        tiles: tiles of these images, which the vision tower sees.
+        image_tiles: tiles of one image.
         row_images: images of one row.
-        visual: visual tokens kept of one image by an adaptive method.
+        visual: visual tokens of an image, before pruning where images differ and behind an
+            adaptive method; and of a row.
+        tile_patches: patches kept of one tile by an adaptive method that merges.
         text: text tokens of a row.
         new_tokens: tokens to be generated.
         schedule_lengths: how many different lengths a decoder's layers may have under a
@@ -31,8 +35,16 @@ class Buckets:
 
     batch: tuple[int, ...] = _POWERS
     images: tuple[int, ...] = _POWERS
+    tiles: tuple[int, ...] = (
+        1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128, 192, 256, 320,
+    )  # fmt: skip
+    image_tiles: tuple[int, ...] = (1, 3, 5, 8, 13, 26, 40)
     row_images: tuple[int, ...] = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
-    visual: tuple[int, ...] = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+    visual: tuple[int, ...] = (
+        16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1280, 1536, 2048, 2560, 3072, 4096,
+        6144, 8192, 12288, 16384, 32768, 65536,
+    )  # fmt: skip
+    tile_patches: tuple[int, ...] = (16, 32, 64, 128, 256, 512, 1024, 2048)
     text: tuple[int, ...] = (
         16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192,
         16384, 32768,

@@ -1,5 +1,6 @@
 """Pictures of what pruning leaves."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,35 +16,75 @@ from jaxprune.processing import pixel_values
 DROPPED = 0.25  # brightness of a patch that is gone
 
 
+@dataclasses.dataclass(frozen=True)
+class View:
+    """A picture, and where in it which patches are.
+
+    Attributes:
+        name: what it shows.
+        picture: RGB.
+        patches: int `[P]`, their numbers in `Answer.kept_indices`.
+        boxes: float `[P, 4]`: left, top, right, bottom, as fractions of the picture.
+    """
+
+    name: str
+    picture: Image.Image
+    patches: np.ndarray
+    boxes: np.ndarray
+
+
+def views(params: Params, image: Image.Image) -> list[View]:
+    """How a model sees an RGB image: once, or as a whole and once more in tiles."""
+    config = params.config
+    grid, tiling = config.vision_config.grid_size, config.tiling(image.height, image.width)
+    every = np.arange(grid**2)
+    if tiling.tiles == 1:
+        return [View("", what_the_model_sees(params, image), every, _grid_boxes(grid, grid))]
+    found = [View("whole", image, every, _grid_boxes(grid, grid))]
+    lines = tiling.slots[tiling.rows > 0]
+    patches = lines[lines >= 0]
+    rows = tiling.rows.max()
+    if len(patches):  # an extreme strip has none
+        boxes = _grid_boxes(rows, len(patches) // rows)
+        found.append(View("tiles", image, patches, boxes))
+    return found
+
+
 def what_the_model_sees(params: Params, image: Image.Image) -> Image.Image:
-    """An RGB image after resizing and cropping, as the vision tower gets it."""
+    """An RGB image after resizing and cropping to the one tile that the vision tower gets."""
     assert params.processor is not None
-    size = params.config.vision_config.image_size
-    pixels = pixel_values(params.processor, [image], size)[0]
+    pixels = pixel_values(params.processor, [image], params.config)[0]
     processor = params.processor.image_processor
     levels = (pixels * processor.image_std + processor.image_mean) * 255
     return Image.fromarray(np.clip(np.rint(levels), 0, 255).astype(np.uint8))
 
 
-def kept_patches(image: Image.Image, indices: np.ndarray, grid: int, *, side: int) -> Image.Image:
-    """The image with the patches that are gone darkened.
+def _grid_boxes(rows: int, columns: int) -> np.ndarray:
+    row, column = (x.ravel() for x in np.mgrid[:rows, :columns])
+    sides = (column / columns, row / rows, (column + 1) / columns, (row + 1) / rows)
+    return np.stack(sides, axis=-1)
+
+
+def kept_patches(view: View, indices: np.ndarray, *, side: int) -> Image.Image:
+    """A view with the patches that are gone darkened.
 
     Args:
-        image: square RGB, what the model sees.
-        indices: int `[K]`, kept patches in raster order of a grid; -1 stands for a token of
-            no single patch and is not drawn.
-        grid: patches along a side.
-        side: pixels along a side of the result.
+        view: the picture.
+        indices: int `[K]`, kept patches; what is none of the view's is not drawn.
+        side: pixels along the longer side of the result.
     """
-    picture = image.resize((side, side), Image.Resampling.NEAREST)
+    scale = side / max(view.picture.size)
+    size = (
+        max(1, round(view.picture.width * scale)),
+        max(1, round(view.picture.height * scale)),
+    )
+    picture = view.picture.resize(size, Image.Resampling.NEAREST)
     dark = picture.point(lambda level: int(level * DROPPED))
-    mask = Image.new("L", (side, side), 0)
+    mask = Image.new("L", size, 0)
     canvas = ImageDraw.Draw(mask)
-    edges = [round(i * side / grid) for i in range(grid + 1)]
-    for index in indices[indices >= 0]:
-        row, column = divmod(int(index), grid)
-        corners = (edges[column], edges[row], edges[column + 1] - 2, edges[row + 1] - 2)
-        canvas.rectangle(corners, fill=255)
+    corners = np.rint(view.boxes * (size * 2)).astype(int)
+    for left, top, right, bottom in corners[np.isin(view.patches, indices)]:
+        canvas.rectangle((left, top, max(left, right - 2), max(top, bottom - 2)), fill=255)
     return Image.composite(picture, dark, mask)
 
 
@@ -66,10 +107,12 @@ def kept_over_depth(
         method: as for `jaxprune.generate`.
         layers: decoder layers to show, from 0; None chooses up to four among those that
             drop tokens.
-        side: pixels along a side of each picture.
+        side: pixels along the longer side of each picture.
 
     Returns:
-        An RGB image, the pictures side by side, each with its title.
+        An RGB image, the pictures side by side, each with its title. Of an image of several
+        tiles there are two below each other: the patches of the tile that shows all of it,
+        and those of the tiles that show it enlarged.
 
     Raises:
         UserError: as `jaxprune.generate`, and for a layer that the decoder does not have.
@@ -92,15 +135,19 @@ def kept_over_depth(
         kept = cuts[max(behind)][0] if behind else answer.kept_indices[0]
         panels.append((f"behind layer {layer}", kept))
 
-    picture = what_the_model_sees(params, seen)
-    grid = params.config.vision_config.grid_size
+    pictures = [
+        [kept_patches(view, kept, side=side) for view in views(params, seen)] for _, kept in panels
+    ]
     font = ImageFont.load_default(14)
     gap, title = 10, 22
+    heights = [picture.height for picture in pictures[0]]
     width = len(panels) * (side + gap) + gap
-    sheet = Image.new("RGB", (width, side + title + 2 * gap), "white")
+    sheet = Image.new("RGB", (width, sum(heights) + gap * len(heights) + title + gap), "white")
     canvas = ImageDraw.Draw(sheet)
-    for i, (name, kept) in enumerate(panels):
-        left = gap + i * (side + gap)
+    for i, ((name, kept), column) in enumerate(zip(panels, pictures, strict=True)):
+        left, top = gap + i * (side + gap), gap + title
         canvas.text((left, gap), f"{name}: {len(kept)} tokens", fill="black", font=font)
-        sheet.paste(kept_patches(picture, kept, grid, side=side), (left, gap + title))
+        for picture in column:
+            sheet.paste(picture, (left, top))
+            top += picture.height + gap
     return sheet

@@ -1,7 +1,7 @@
 """The jitted stages of a request, each one program per shape; `run.py` puts them together.
 
-encode         pixels -> features and signals
-count, select  -> visual tokens that are left
+encode         pixels of tiles -> features and signals
+count, select  -> visual tokens that are left of each image
 embed          project, merge into the text embeddings
 prefill        all layers, dropping tokens -> first token, caches
 decode         a loop of single steps, caches donated
@@ -16,7 +16,9 @@ import jax.numpy as jnp
 
 from jaxprune.methods import VisionMethod
 from jaxprune.models.registry import family
+from jaxprune.ops.ranking import nonzero_first
 from jaxprune.ops.schedule import Schedule
+from jaxprune.ops.tiles import NO_PATCH, Chosen, Packing, by_tile, line_up, patches_of
 from jaxprune.ops.visual import Selection, VisionOutput
 from jaxprune.sampling import Sampling, next_token
 
@@ -47,28 +49,82 @@ class DecodeState(flax.struct.PyTreeNode):
 def encode(
     params: dict, pixels: jax.Array, *, config: Any, signals: frozenset[str]
 ) -> VisionOutput:
-    """Pixels `[I, H, W, 3]` -> features and the signals asked for."""
+    """Pixels of tiles `[F, H, W, 3]` -> features and the signals asked for."""
     return family(config).encode_image(params, config, pixels, signals)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "method"))
-def count(vision: VisionOutput, *, config: Any, method: VisionMethod) -> jax.Array:
-    """How many visual tokens a method leaves of each image: int32 `[I]`."""
-    return method.counts(_without_cls(vision, config)[1]) + config.keep_cls
+def count(
+    vision: VisionOutput, packing: Packing, *, config: Any, method: VisionMethod
+) -> tuple[jax.Array, jax.Array]:
+    """How many visual tokens a method leaves of each image, and patches of each tile.
+
+    Returns:
+        int32 `[I]` and `[F]`.
+    """
+    chosen, inside = _choose(_without_cls(vision, config)[1], packing, method)
+    left = line_up(chosen, packing, extra_tokens=method.merges, capacity=1)
+    return left.counts + config.keep_cls, by_tile(chosen.kept & inside, packing).sum(-1)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "method", "capacity"))
-def select(vision: VisionOutput, *, config: Any, method: VisionMethod, capacity: int) -> Selection:
-    """The visual tokens that a method leaves, in `capacity` slots an image."""
-    cls, patches = _without_cls(vision, config)
-    selection = method.select(patches, capacity - config.keep_cls)
+@functools.partial(jax.jit, static_argnames=("config", "method", "tile_capacity", "capacity"))
+def select(
+    vision: VisionOutput,
+    packing: Packing,
+    *,
+    config: Any,
+    method: VisionMethod | None,
+    tile_capacity: int,
+    capacity: int,
+) -> Selection:
+    """The visual tokens that a method leaves, as the decoder reads them.
+
+    Args:
+        vision: what the tower gives for the tiles.
+        packing: how they make up the images.
+        config: the model's.
+        method: what chooses and merges; None keeps everything.
+        tile_capacity: slots for the merged patches of a tile.
+        capacity: slots for each image.
+    """
+    cls, vision = _without_cls(vision, config)
+    chosen, inside = _choose(vision, packing, method)
+    merges = method is not None and method.merges
+    room = capacity - config.keep_cls
+    left = line_up(chosen, packing, extra_tokens=merges, capacity=room)
+    number, place = jnp.divmod(jnp.maximum(left.indices, 0), vision.features.shape[1])
+    number = jnp.where(left.extra < 0, number, left.extra)
+    images = jnp.arange(len(packing.tile))[:, None]
+    tile = jnp.maximum(packing.tile, 0)[images, number]  # [I, K]
+    if not merges:
+        tokens = vision.features[tile, place]
+    else:
+        assert method is not None
+        stays = by_tile(chosen.kept & inside, packing)  # [F, N]
+        merged, extra = method.merge_tokens(
+            vision, by_tile(chosen.kept, packing), nonzero_first(stays, tile_capacity)
+        )
+        which = (jnp.cumsum(stays, axis=-1) - 1)[tile, place]  # of the tile's kept patches
+        which = jnp.where(left.extra < 0, which, tile_capacity)
+        pool = jnp.concatenate([merged, extra[:, None]], axis=1)  # [F, tile_capacity + 1, C]
+        tokens = pool[tile, which].astype(vision.features.dtype)
     if not config.keep_cls:
-        return selection
+        return Selection(tokens, left.counts, left.indices)
+    own = cls[jnp.maximum(packing.tile[:, 0], 0)]
     return Selection(
-        tokens=jnp.concatenate([cls, selection.tokens], axis=1),
-        counts=selection.counts + 1,
-        indices=jnp.pad(selection.indices, ((0, 0), (1, 0)), constant_values=-1),
+        tokens=jnp.concatenate([own, tokens], axis=1),
+        counts=left.counts + 1,
+        indices=jnp.pad(left.indices, ((0, 0), (1, 0)), constant_values=NO_PATCH),
     )
+
+
+def _choose(
+    vision: VisionOutput, packing: Packing, method: VisionMethod | None
+) -> tuple[Chosen, jax.Array]:
+    """What is kept, and what is part of the picture: bool `[I, T, N]`."""
+    patches = patches_of(vision.signals, packing, vision.features.shape[1])
+    inside = patches.place >= 0
+    return (Chosen(inside) if method is None else method.choose(patches)), inside
 
 
 def _without_cls(vision: VisionOutput, config: Any) -> tuple[jax.Array, VisionOutput]:
@@ -84,7 +140,7 @@ def embed(
     visual_index: jax.Array,
     kind: jax.Array,
     lengths: jax.Array,
-    visual_tokens: jax.Array | None,
+    selection: Selection | None,
     *,
     config: Any,
 ) -> Any:
@@ -92,7 +148,8 @@ def embed(
     # A stage of its own: the number of images and of visual tokens ends here, so that the
     # decoder, which takes long to compile, is compiled for batch and sequence alone.
     model = family(config)
-    return model.embed(params, config, token_ids, visual_index, kind, lengths, visual_tokens)
+    visual = None if selection is None else model.visual_embeddings(params, config, selection)
+    return model.embed(params, config, token_ids, visual_index, kind, lengths, visual)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "schedule", "new_slots", "greedy"))

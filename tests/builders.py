@@ -13,9 +13,11 @@ import jaxprune
 from jaxprune import checkpoints_convert
 from jaxprune.checkpoints_convert.plan import flatten
 from jaxprune.checkpoints_convert.tables import key_of
-from jaxprune.models import llava
+from jaxprune.models import llava, llava_next
 from jaxprune.models.clip import ClipVisionConfig
 from jaxprune.models.llama import LlamaConfig
+from jaxprune.models.registry import family
+from jaxprune.processing import processor_files
 from jaxprune.run import Run
 
 
@@ -47,9 +49,17 @@ def tiny_config(*, vision=None, text=None, **fields):
     )
 
 
+def tiny_next_config(**fields):
+    """A LLaVA-NeXT of tiles of 16 patches, at most 88 visual tokens."""
+    plain = tiny_config(**fields)
+    own = {field.name: getattr(plain, field.name) for field in dataclasses.fields(plain)}
+    points = ((32, 64), (64, 32), (64, 64), (96, 32), (32, 96))
+    return llava_next.LlavaNextConfig(**own, image_grid_pinpoints=points)
+
+
 def random_params(config, seed=0):
     """Random parameters with biases and norms off their usual zeros and ones."""
-    params = llava.init_params(config, jax.random.key(seed))
+    params = family(config).init_params(config, jax.random.key(seed))
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
     moved = [
@@ -64,6 +74,9 @@ def write_directory(directory, config, seed=0):
     params = random_params(config, seed)
     checkpoints_convert.export(params, config, directory, companions=jaxprune.SMALL_MODEL)
     set_image_size(directory, config.vision_config.image_size)
+    if not config.one_tile:
+        for name, fields in processor_files(config).items():
+            (directory / name).write_text(json.dumps(fields))
     return params
 
 
@@ -151,7 +164,8 @@ def forward_logits(params, config, pixels, token_ids, images_at):
     )
     lengths = jnp.full(token_ids.shape[0], token_ids.shape[1])
     kind = jnp.zeros(token_ids.shape, jnp.int32)
-    tokens = llava.embed(params, config, token_ids, visual_index, kind, lengths, vision.features)
+    visual = llava.project(params, config, vision.features)
+    tokens = llava.embed(params, config, token_ids, visual_index, kind, lengths, visual)
     return llava.logits(params, config, llava.prefill(params, config, tokens, new_slots=0).tokens.x)
 
 

@@ -142,7 +142,7 @@ def test_rounded_lengths_hold_every_row():
     [
         (["--method", "prumerge"], "depends on the image"),
         (["--model", "llava-9b"], "presets: llava-1.5-7b"),
-        (["--text-tokens", "-3"], "expected 0 or more"),
+        (["--text-tokens", "-3"], "expected a number from 0"),
         (["--option", "c"], "expected name=value"),
         (["--dtype", "int4"], "dtype is 'int4'"),
     ],

@@ -8,12 +8,14 @@ search.py     G-Search, P-Sigmoid, iti's c: functions of a score, without any mo
 
 import dataclasses
 import hashlib
+import math
 import pathlib
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.calibrate import fitprune, search
@@ -27,6 +29,7 @@ from jaxprune.methods.base import check_share, round_half_up
 from jaxprune.methods.gsearch import check_queries
 from jaxprune.methods.iti import tail_start
 from jaxprune.models.registry import family_name
+from jaxprune.ops.ranking import descending_order, ranks
 from jaxprune.recipes import Recipe, fingerprint
 
 CALIBRATED = ("fitprune", "gsearch", "psigmoid", "iti")
@@ -93,6 +96,11 @@ class Settings:
             raise UserError(f"tolerance is {self.tolerance!r}; expected 0 or more.")
         check_queries(self.queries)
         check_share("stage2", self.stage2, zero=True)
+        if not isinstance(self.weight, int | float) or not 0 <= self.weight < math.inf:
+            raise UserError(f"weight is {self.weight!r}; expected a number, 0 or more.")
+        whole = isinstance(self.seed, int) and not isinstance(self.seed, bool)
+        if not whole or not 0 <= self.seed < 2**31:
+            raise UserError(f"seed is {self.seed!r}; expected a whole number from 0 to 2^31 - 1.")
         for name in ("evaluations", "first_pruned_layer", "batch_size"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -138,6 +146,8 @@ def calibrate(
         source, samples = str(samples), read_samples(samples)
     else:
         source = "samples"
+    if chosen.method == "iti":
+        Iti(stage2=chosen.stage2).decoder.removed(0, depth_of(params.config))
     began = time.perf_counter()
     signals = frozenset({"cls_attention"}) if chosen.method == "iti" else frozenset()
     data = encode_samples(
@@ -151,8 +161,11 @@ def calibrate(
     identity = {
         "settings": dataclasses.asdict(chosen),
         "model": fingerprint(params.config),
-        "weights": _digest(np.asarray(jax.tree.leaves(params["language_model"])[-1], np.float32)),
-        "samples": _digest(*(batch.features[: batch.rows] for batch in data.batches)),
+        "weights": _digest(*map(_some_of, jax.tree.leaves(params.arrays))),
+        "samples": _digest(
+            *(x[: b.rows] for b in data.batches for x in (np.asarray(b.visual.tokens), b.answers)),
+            *(x for b in data.batches for x in (b.layout.token_ids, b.layout.kind)),
+        ),
     }
     with Memory(progress_file, identity, label=chosen.method, show=show_progress) as memory:
         method, report = _FITS[chosen.method](data, chosen, memory)
@@ -189,6 +202,12 @@ def calibrate(
     )
 
 
+def _some_of(weights: jax.Array) -> np.ndarray:
+    """A few thousand numbers of an array, from all over it."""
+    steps = (max(1, size // 32) for size in weights.shape)
+    return np.asarray(weights[tuple(slice(None, None, step) for step in steps)], np.float32)
+
+
 def _digest(*arrays: np.ndarray) -> str:
     found = hashlib.sha256()
     for array in arrays:
@@ -207,7 +226,8 @@ def _rate_score(data: CalibrationSet, chosen: Settings, memory: Memory) -> Any:
 
     def of(rates: search.Rates) -> float:
         method = GSearch(keep_rates=rates, queries=chosen.queries)
-        kept = data.num_tokens - method.removed(data.num_tokens, depth_of(data.params.config))
+        most = int(data.visual_tokens.max())
+        kept = most - method.removed(most, depth_of(data.params.config))
         value: float = memory.remember(
             " ".join(map(str, kept)), lambda: score(data, method, chosen.metric)
         )
@@ -284,23 +304,31 @@ def _fit_psigmoid(data: CalibrationSet, chosen: Settings, memory: Memory) -> tup
 
 def _fit_iti(data: CalibrationSet, chosen: Settings, memory: Memory) -> tuple[Any, dict]:
     assert chosen.keep_rate is not None
-    curves = [batch.signals["cls_attention"][: batch.rows] for batch in data.batches]
-    s = np.concatenate(curves)
-    before_tail = jax.jit(tail_start)
+    curves = [
+        (batch.patches.signals["cls_attention"][: batch.rows], batch.patches.place[: batch.rows])
+        for batch in data.batches
+    ]
+
+    @jax.jit
+    def before_tail(s: jax.Array, place: jax.Array, c: jax.Array) -> jax.Array:
+        kept = ranks(descending_order(s)) < tail_start(s, c)[..., None]
+        return jnp.sum(kept & (place >= 0), axis=(1, 2))
+
+    patches = np.concatenate([(place >= 0).sum(axis=(1, 2)) for _, place in curves])
 
     def counts(c: float) -> np.ndarray:
-        return np.asarray(before_tail(s, np.float32(c)))
+        return np.concatenate([np.asarray(before_tail(*curve, np.float32(c))) for curve in curves])
 
     def share(c: float) -> float:
         stage1 = counts(c)
         removed = np.array([round_half_up(chosen.stage2 * int(n)) for n in stage1])
-        return float(np.mean((stage1 - removed) / s.shape[1]))
+        return float(np.mean((stage1 - removed) / patches))
 
     c, reached = search.tail_exponent(share, chosen.keep_rate)
     return Iti(c=c, stage2=chosen.stage2), {
         "reached": {
             "keep_rate": round(reached, 6),
-            "stage1_keep_rate": round(float(np.mean(counts(c))) / s.shape[1], 6),
+            "stage1_keep_rate": round(float(np.mean(counts(c) / patches)), 6),
         }
     }
 

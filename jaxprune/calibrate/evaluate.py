@@ -13,12 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune import stages
 from jaxprune.calibrate.data import Sample
 from jaxprune.errors import UserError
 from jaxprune.loading import Params
 from jaxprune.methods import DecoderMethod, depth_of
 from jaxprune.models.registry import family
-from jaxprune.ops.schedule import LAST, NO_CUTS, Schedule
+from jaxprune.ops.schedule import NO_CUTS, Schedule, is_last
+from jaxprune.ops.tiles import Patches, pack_tilings, patches_of
+from jaxprune.ops.visual import Selection
 from jaxprune.processing import pixel_values
 from jaxprune.progress import track
 from jaxprune.request import Layout, Row, lay_out, make_request, text_length
@@ -34,15 +37,17 @@ class Batch:
 
     Attributes:
         layout: prompts with their answers.
-        features: `[B, N, C]`, unpruned.
-        signals: what else the tower was asked for, `[B, ...]` each.
+        visual: the unpruned visual tokens, `[B, M, C]`.
+        visual_tokens: int `[B]`, how many a row has; 0 for rows that pad the batch.
+        patches: what a vision-side method chooses from, signals that were asked for included.
         answers: int32 `[B, A]`, padded with -1; the end of sequence included.
         rows: rows in use; the others pad the batch.
     """
 
     layout: Layout
-    features: np.ndarray
-    signals: dict[str, np.ndarray]
+    visual: Selection
+    visual_tokens: np.ndarray
+    patches: Patches
     answers: np.ndarray
     rows: int
 
@@ -55,21 +60,20 @@ class CalibrationSet:
         params: the model.
         batches: all of the same shape.
         room: text and visual slots of a row.
-        num_tokens: visual tokens of each sample.
     """
 
     params: Params
     batches: list[Batch]
     room: Lengths
-    num_tokens: int
 
     @property
     def samples(self) -> int:
         return sum(batch.rows for batch in self.batches)
 
-    def visual(self, batch: Batch) -> np.ndarray:
-        """Visual tokens of each row, 0 for padding rows: int `[B]`."""
-        return np.where(np.arange(len(batch.features)) < batch.rows, self.num_tokens, 0)
+    @property
+    def visual_tokens(self) -> np.ndarray:
+        """Visual tokens of each sample: int `[samples]`."""
+        return np.concatenate([batch.visual_tokens[: batch.rows] for batch in self.batches])
 
 
 def encode_samples(
@@ -97,52 +101,77 @@ def encode_samples(
     config, processor = params.config, params.processor
     if processor is None:
         raise UserError("params have no processor; load them with jaxprune.load.")
+    if not samples:
+        raise UserError("There are no samples; give at least one.")
+    requests = []
     for i, sample in enumerate(samples):
         if with_answers and not sample.answer.strip():
             raise UserError(
                 f"Sample {i + 1} has no answer, but the score needs one; give answers, or fit "
                 "a method that goes by attention alone (fitprune, iti)."
             )
-    requests = [make_request(processor, s.image, s.question, chat=True) for s in samples]
-    ends = processor.eos_token_ids[:1]
-    rows = []
-    for request, sample in zip(requests, samples, strict=True):
-        ids: list[int] = []
-        if with_answers:
-            answer = " " + sample.answer.strip()
-            ids = processor.tokenizer(answer, add_special_tokens=False)["input_ids"]
-            ids = [*ids, *ends]
-        rows.append(Row(request.rows[0].pieces, [0], answer=ids))
-    N = config.num_image_tokens
-    text = DEFAULT_BUCKETS.fit("text", max(map(text_length, rows)))
-    if min(text_length(row) for row in rows) + N >= config.text_config.context_length:
-        raise UserError(f"The prompts with {N} visual tokens exceed the model's context.")
+        said = sample.answer if with_answers else None
+        try:
+            requests.append(
+                make_request(processor, sample.image, sample.question, chat=True, answer=said)
+            )
+        except UserError as error:
+            raise UserError(f"Sample {i + 1}: {error}") from None
+    rows = [Row(request.rows[0].pieces, [0], request.rows[0].answer) for request in requests]
+    images = [request.images[0] for request in requests]
+    tilings = [config.tiling(image.height, image.width) for image in images]
+    tokens = np.array([tiling.num_tokens + config.keep_cls for tiling in tilings])
+    # CLS, where it is a feature, is never pruned, and so counts as text.
+    text = DEFAULT_BUCKETS.fit("text", max(map(text_length, rows)) + config.keep_cls)
+    for i, (row, number) in enumerate(zip(rows, tokens, strict=True)):
+        if text_length(row) + number >= config.text_config.context_length:
+            raise UserError(
+                f"Sample {i + 1} has {text_length(row)} text and {number} visual tokens, but the "
+                f"model's context is {config.text_config.context_length}."
+            )
     most = max(1, max(len(row.answer) for row in rows))
     batch_size = min(batch_size, len(rows))
-
-    encode = jax.jit(
-        functools.partial(family(config).encode_image, signals=signals), static_argnums=1
-    )
-    batches = []
     starts = range(0, len(rows), batch_size)
+    tiles = [sum(t.tiles for t in tilings[first : first + batch_size]) for first in starts]
+    shape = {
+        "images": batch_size,
+        "tiles": batch_size if max(tiles) <= batch_size else max(tiles),
+        "image_tiles": max(tiling.tiles for tiling in tilings),
+        "slots": int(tokens.max()) - config.keep_cls,
+    }
+    batches = []
     for first in track(starts, "Encoding", len(starts), show=show_progress):
-        part = rows[first : first + batch_size]
-        images = [request.images[0] for request in requests[first : first + batch_size]]
-        pixels = pixel_values(processor, images, config.vision_config.image_size)
-        pixels = np.pad(pixels, ((0, batch_size - len(part)), (0, 0), (0, 0), (0, 0)))
-        vision = jax.device_get(encode(params.arrays, config, pixels))
+        part, own = rows[first : first + batch_size], slice(first, first + batch_size)
+        pixels = pixel_values(processor, images[own], config)
+        pixels = np.pad(pixels, ((0, shape["tiles"] - len(pixels)), (0, 0), (0, 0), (0, 0)))
+        packing = pack_tilings(tilings[own], **shape)
+        vision = stages.encode(params.arrays, pixels, config=config, signals=signals)
+        visual = stages.select(
+            vision, packing, config=config, method=None, tile_capacity=0, capacity=int(tokens.max())
+        )
+        patches = patches_of(vision.signals, packing, config.vision_config.num_patches)
         each = [Row(row.pieces, [i], row.answer) for i, row in enumerate(part)]
-        layout = lay_out(each, np.full(len(part), N), N, batch=batch_size, sequence=text + N)
+        layout = lay_out(
+            each,
+            tokens[own],
+            int(tokens.max()),
+            batch=batch_size,
+            sequence=text + int(tokens.max()),
+            fixed=int(config.keep_cls),
+        )
         answers = np.full((batch_size, most), -1, np.int32)
         for i, row in enumerate(part):
             answers[i, : len(row.answer)] = row.answer
-        batches.append(Batch(layout, vision.features, vision.signals, answers, len(part)))
-    return CalibrationSet(params, batches, Lengths(text, N), N)
+        counts = np.pad(tokens[own], (0, batch_size - len(part)))
+        visual, patches = jax.device_get((visual, patches))
+        batches.append(Batch(layout, visual, counts, patches, answers, len(part)))
+    return CalibrationSet(params, batches, Lengths(text, int(tokens.max())))
 
 
 def _through(params: dict, inputs: dict, counts: Any, config: Any, schedule: Schedule) -> Any:
     model = family(config)
-    tokens = model.embed(params, config, **inputs)
+    visual = model.visual_embeddings(params, config, inputs.pop("visual"))
+    tokens = model.embed(params, config, **inputs, visual=visual)
     return model.prefill(params, config, tokens, new_slots=0, schedule=schedule, counts=counts)
 
 
@@ -163,9 +192,10 @@ def _score_answers(
     schedule: Schedule,
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probability `[B]` of each answer, and whether every token is the likeliest."""
-    found, kind = _through(params, inputs, counts, config, schedule), inputs["kind"]
+    kind = inputs["kind"]
+    found = _through(params, inputs, counts, config, schedule)
     # Mask mode: slots stay where they are. The token at slot s predicts the one behind it.
-    last = jnp.argmax(kind == LAST, axis=-1)[:, None]
+    last = jnp.argmax(is_last(kind), axis=-1)[:, None]
     slots = jnp.minimum(last + jnp.arange(answers.shape[1]), kind.shape[1] - 1)
     hidden = jnp.take_along_axis(found.tokens.x, slots[..., None], axis=1)
     logits = family(config).logits(params, config, hidden)  # [B, A, V]
@@ -183,7 +213,7 @@ def run_set(
     for batch in data.batches:
         found = function(
             data.params.arrays,
-            {**vars(batch.layout), "visual_tokens": batch.features},
+            {**vars(batch.layout), "visual": batch.visual},
             counts(batch),
             *(getattr(batch, name) for name in extra),
             config=data.params.config,
@@ -202,13 +232,15 @@ def score(data: CalibrationSet, method: DecoderMethod | None, metric: str = "acc
             sequence included, is the likeliest given the ones before; "logprob": the mean
             log-probability of an answer token, in nats.
     """
+    if metric not in METRICS:
+        raise UserError(f"metric is {metric!r}; expected one of: {', '.join(METRICS)}.")
     depth = depth_of(data.params.config)
     schedule = NO_CUTS if method is None else mask_schedule(method, depth, data.room)
 
     def counts(batch: Batch) -> np.ndarray | None:
         if method is None:
             return None
-        return candidates_left(method, depth, batch.layout.kind, data.visual(batch))
+        return candidates_left(method, depth, batch.layout.kind, batch.visual_tokens)
 
     total, tokens, right = 0.0, 0, 0
     for batch, found in run_set(data, _score_answers, schedule, counts, "answers"):

@@ -17,6 +17,7 @@ serves an alpha, and the stop is found on its sizes.
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ from jaxprune.accounting import layer_macs
 from jaxprune.calibrate.evaluate import CalibrationSet, run_prompts, run_set
 from jaxprune.errors import UserError
 from jaxprune.methods import FitPrune
-from jaxprune.ops.schedule import AFTER_ATTENTION, VISUAL, Schedule
+from jaxprune.ops.schedule import AFTER_ATTENTION, VISUAL, Schedule, is_visual
 
 WIDTH = 0.01
 
@@ -53,7 +54,7 @@ class FitSchedule(Schedule):
 
     def record(self, tokens: Any, received: jax.Array | None) -> Any:
         """Visual tokens left `[B]`, and the masses C and U `[B]` of an unpruned pass."""
-        visual = tokens.valid & (tokens.kind == VISUAL)
+        visual = tokens.valid & is_visual(tokens.kind)
         c, u = _scores(tokens, received)
         return visual.sum(-1), jnp.sum(c * visual, -1), jnp.sum(u * visual, -1)
 
@@ -64,7 +65,7 @@ def _scores(tokens: Any, received: Any) -> tuple[jax.Array, jax.Array]:
     How many ask is a constant of each row for c; for u it is the number now there.
     """
     by_visual, by_text = received
-    n = jnp.sum(tokens.valid & (tokens.kind == VISUAL), -1, keepdims=True)
+    n = jnp.sum(tokens.valid & is_visual(tokens.kind), -1, keepdims=True)
     return by_text, by_visual / jnp.maximum(n, 1)
 
 
@@ -103,32 +104,41 @@ class Scheme(NamedTuple):
     met: bool
 
 
-def stop_at_budget(sizes: np.ndarray, num_tokens: int, text_config: Any, save: float) -> Scheme:
+def stop_at_budget(
+    sizes: np.ndarray, num_tokens: np.ndarray, made_for: int, text_config: Any, save: float
+) -> Scheme:
     """Steps 3 and 4: deletions of one tolerance, cut off where the budget is met.
 
     Args:
         sizes: int `[L, samples]`, each sample's deletions in each layer.
-        num_tokens: visual tokens of each sample before pruning.
+        num_tokens: int `[samples]`, visual tokens of each sample before pruning.
+        made_for: the number of visual tokens that the deletions are for; where samples
+            have others, the mean is one of fractions.
         text_config: the decoder's sizes.
         save: share of the visual tokens' multiply-adds to save.
     """
-    L, samples = sizes.shape
-    full = L * layer_macs(text_config, num_tokens, num_tokens)
-    spent, now = np.zeros(samples), np.full(samples, num_tokens)
+    L = len(sizes)
+
+    def macs(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+        pairs = zip(before, after, strict=True)
+        return np.array([layer_macs(text_config, int(n), int(m)) for n, m in pairs])
+
+    full = L * macs(num_tokens, num_tokens)
+    spent, now = np.zeros(len(num_tokens)), num_tokens
     kept_layers = L
     saved = 0.0
     for l in range(L + 1):
-        rest = np.array([(L - l) * layer_macs(text_config, int(n), int(n)) for n in now])
-        saved = float(1 - np.mean(spent + rest) / full)
+        saved = float(1 - np.mean((spent + (L - l) * macs(now, now)) / full))
         if saved >= save:
             kept_layers = l
             break
         if l < L:
             after = now - sizes[l]
-            pairs = zip(now, after, strict=True)
-            spent += [layer_macs(text_config, int(n), int(m)) for n, m in pairs]
+            spent += macs(now, after)
             now = after
-    deletions = np.floor(sizes.mean(axis=1)).astype(int)
+    same = (num_tokens == made_for).all()
+    means = sizes.mean(axis=1) if same else (sizes / num_tokens).mean(axis=1) * made_for
+    deletions = np.floor(means).astype(int)
     deletions[kept_layers:] = 0
     return Scheme(deletions.tolist(), saved, saved >= save)
 
@@ -157,7 +167,7 @@ def fit(
     schedule = FitSchedule(
         layers=tuple(range(L)),
         cut=AFTER_ATTENTION,
-        score=FitPrune(deletions=(0,) * L, num_tokens=0).score,
+        score=FitPrune(deletions=(0,) * L, num_tokens=1).score,
         query_slots=data.room.text,
     )
 
@@ -171,7 +181,9 @@ def fit(
             found.append((left, C, U))
         return found
 
-    B = len(data.batches[0].features)
+    B = len(data.batches[0].visual_tokens)
+    num_tokens = data.visual_tokens
+    made_for = int(num_tokens.max())
     nothing = np.zeros((L, B), np.float32)
     reference = records(-1.0, lambda _: (nothing, nothing))
     padded = {
@@ -182,17 +194,17 @@ def fit(
     def scheme(alpha: float) -> Scheme:
         def make() -> Any:
             left = np.concatenate([r[0] for r in records(alpha, lambda b: padded[id(b)])], axis=1)
-            before = np.vstack([np.full((1, left.shape[1]), data.num_tokens), left[:-1]])
+            before = np.vstack([num_tokens[None], left[:-1]])
             return (before - left).tolist()
 
         sizes = np.array(remember(f"alpha {alpha!r}", make))
-        return stop_at_budget(sizes, data.num_tokens, text_config, save)
+        return stop_at_budget(sizes, num_tokens, made_for, text_config, save)
 
     best_alpha, best, tried = 1.0, scheme(1.0), 1
     if not best.met:
         raise UserError(
             f"No tolerance saves {save:g} of the visual tokens' FLOPs; the most is "
-            f"{best.saved:.3f}. Ask for less."
+            f"{math.floor(1000 * best.saved) / 1000:.3f}. Ask for less."
         )
     low, high = 0.0, 1.0
     while high - low > WIDTH:
@@ -203,11 +215,11 @@ def fit(
             high, best_alpha, best = middle, middle, candidate
         else:
             low = middle
-    method = FitPrune(deletions=tuple(best.deletions), num_tokens=data.num_tokens)
+    method = FitPrune(deletions=tuple(best.deletions), num_tokens=made_for)
     floored = np.cumsum(best.deletions)
-    tokens = data.num_tokens - np.concatenate([[0], floored])
+    tokens = made_for - np.concatenate([[0], floored])
     spent = sum(layer_macs(text_config, int(n), int(m)) for n, m in itertools.pairwise(tokens))
-    full = L * layer_macs(text_config, data.num_tokens, data.num_tokens)
+    full = L * layer_macs(text_config, made_for, made_for)
     return method, {
         "reached": {"save_in_fit": round(best.saved, 6), "save": round(1 - spent / full, 6)},
         "alpha": best_alpha,

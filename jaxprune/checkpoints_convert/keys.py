@@ -14,6 +14,7 @@ _REWRITES = [
     (r"^model\.mm_projector\.2\.", "multi_modal_projector.linear_2."),
     # transformers from 4.52 on.
     (r"^model\.(vision_tower|multi_modal_projector)\.", r"\1."),
+    (r"^model\.image_newline$", "image_newline"),
     (r"^model\.language_model\.", "language_model.model."),
     (r"^lm_head\.", "language_model.lm_head."),
     # The decoder alone, as in the original checkpoints; a bare CLIP tower.

@@ -21,6 +21,7 @@ from jaxprune.json_file import read_json
 from jaxprune.models.clip.config import ClipVisionConfig
 from jaxprune.models.llama.config import LlamaConfig
 from jaxprune.models.llava.config import LlavaConfig
+from jaxprune.models.llava_next.config import LlavaNextConfig, pinpoints
 from jaxprune.processing import (
     IMAGE_PLACEHOLDER,
     VICUNA_SYSTEM,
@@ -61,7 +62,7 @@ def hub_form(directory: pathlib.Path, config: LlavaConfig) -> HubForm:
         UserError: for a tokenizer that is missing, or that splits a prompt around the image
             token otherwise than around an image.
     """
-    original = load_processor(directory, original_size=config.vision_config.image_size)
+    original = load_processor(directory, original=config)
     tokenizer = _with_image_token(original)
     vocabulary = tokenizer.get_vocab()
     image, pad = vocabulary[IMAGE_PLACEHOLDER], vocabulary[PAD_TOKEN]
@@ -216,7 +217,9 @@ _INERT = {
     "freeze_mm_mlp_adapter",
     "freeze_mm_vision_resampler",
     "image_aspect_ratio",
+    "image_crop_resolution",
     "image_grid_pinpoints",
+    "image_split_resolution",
     "mm_hidden_size",
     "mm_patch_merge_type",
     "mm_resampler_type",
@@ -244,18 +247,20 @@ def original_config(
         vision_tower: the tower's directory; without one it is ViT-L/14 at 336 pixels.
 
     Raises:
-        UserError: for settings that LLaVA-1.5 does not have.
+        UserError: for settings that neither LLaVA-1.5 nor LLaVA-NeXT has.
     """
     where = "The original-format LLaVA config"
     if fields.get("mm_projector_type", "linear") != "mlp2x_gelu":
         raise UserError(
             f"{where} has mm_projector_type={fields.get('mm_projector_type')!r}; supported: "
-            "'mlp2x_gelu', the projector of LLaVA-1.5."
+            "'mlp2x_gelu', the projector of LLaVA-1.5 and LLaVA-NeXT."
         )
     if fields.get("mm_use_im_start_end"):
-        raise UserError(f"{where} has mm_use_im_start_end=true, which LLaVA-1.5 does not use.")
-    if fields.get("image_aspect_ratio") == "anyres" or "mpt" in str(fields.get("model_type")):
-        raise UserError(f"{where} is not of LLaVA-1.5 (any-resolution tiles or another decoder).")
+        raise UserError(
+            f"{where} has mm_use_im_start_end=true, which LLaVA-1.5 and LLaVA-NeXT do not use."
+        )
+    if "mpt" in str(fields.get("model_type")):
+        raise UserError(f"{where} has an MPT decoder; supported: LLaMA and Mistral.")
     if vision_tower is None:
         vision = ClipVisionConfig(dtype=dtype)
         tower = str(fields["mm_vision_tower"])
@@ -270,15 +275,30 @@ def original_config(
     handled = {"mm_projector_type", "mm_vision_select_layer", "mm_vision_select_feature"}
     handled |= {"mm_use_im_start_end"}
     text = {k: v for k, v in fields.items() if k not in handled | _INERT}
+    text["model_type"] = "mistral" if "mistral" in str(fields.get("model_type")) else "llama"
     select = {"patch": "default", "cls_patch": "full"}
     feature = fields.get("mm_vision_select_feature", "patch")
     if feature not in select:
         raise UserError(f"{where} has mm_vision_select_feature={feature!r}; supported: {select}.")
-    return LlavaConfig(
-        vision_config=vision,
-        text_config=LlamaConfig.from_hf(text, dtype=dtype),
+    arguments = {
+        "vision_config": vision,
+        "text_config": LlamaConfig.from_hf(text, dtype=dtype),
         # The original tokenizer has no image token: images stand at this id of its own.
-        image_token_index=-200,
-        vision_feature_layer=fields.get("mm_vision_select_layer", -2),
-        vision_feature_select_strategy=select[feature],
+        "image_token_index": -200,
+        "vision_feature_layer": fields.get("mm_vision_select_layer", -2),
+        "vision_feature_select_strategy": select[feature],
+    }
+    if fields.get("image_aspect_ratio") != "anyres":
+        return LlavaConfig(**arguments)
+    merge = fields.get("mm_patch_merge_type", "flat")
+    if merge != "spatial_unpad":
+        raise UserError(
+            f"{where} has mm_patch_merge_type={merge!r}; supported with tiles: 'spatial_unpad', "
+            "that of LLaVA-NeXT."
+        )
+    points = pinpoints(fields.get("image_grid_pinpoints"))
+    # The original code has (width, height); which of two equally good tilings comes first
+    # decides, so their order is kept.
+    return LlavaNextConfig(
+        **arguments, image_grid_pinpoints=tuple((height, width) for width, height in points)
     )

@@ -67,7 +67,8 @@ LLAMA = [
     (f"{_TEXT_LAYER}.mlp.{{p}}.bias", f"{_LLAMA_LAYER}/mlp/{{p}}/bias", KEEP),
     (f"{_TEXT_LAYER}.{{w}}_layernorm.weight", f"{_LLAMA_LAYER}/{{w}}_layernorm/scale", KEEP),
 ]  # fmt: skip
-TABLES = {"llava": CLIP + PROJECTOR + LLAMA}
+LLAVA = CLIP + PROJECTOR + LLAMA
+TABLES = {"llava": LLAVA, "llava_next": [*LLAVA, ("image_newline", "image_newline", KEEP)]}
 
 
 @functools.cache

@@ -10,7 +10,8 @@ import numpy as np
 
 from jaxprune.errors import UserError
 from jaxprune.ops.schedule import BETWEEN_LAYERS, Score
-from jaxprune.ops.visual import Selection, VisionOutput
+from jaxprune.ops.tiles import Chosen, Patches
+from jaxprune.ops.visual import VisionOutput
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,6 +21,10 @@ class VisionMethod:
     A method is hashable data and a static argument of the jitted stages: the same method
     runs the same program. `features` never hold a CLS token here; with the "full" select
     strategy the caller takes it off and puts it back.
+
+    Of an image of several tiles a method that decides by the image looks at every tile for
+    itself; a fixed number of patches is counted over all tiles together, among the patches
+    that the decoder would read.
     """
 
     name: ClassVar[str]
@@ -28,22 +33,33 @@ class VisionMethod:
     summary: ClassVar[str]
     signals: ClassVar[frozenset[str]] = frozenset()
     """What `encode_image` has to provide besides the features."""
-    extra_tokens: ClassVar[int] = 0
-    """Tokens that come out on top of the kept ones."""
+    merges: ClassVar[bool] = False
+    """Whether kept tokens take the others in; every tile then gets one token more."""
 
-    def check(self, num_tokens: int) -> None:
-        """Raise `UserError` when the method cannot run on images of `num_tokens` tokens."""
+    def check(self, num_patches: int) -> None:
+        """Raise `UserError` when the method cannot run on images of `num_patches` patches."""
 
-    def fixed_count(self, num_tokens: int) -> int | None:
-        """How many tokens come out of every image, or None where images differ."""
+    def fixed_count(self, num_patches: int) -> int | None:
+        """How many tokens come out of an image of one tile; None where images differ."""
         raise NotImplementedError
 
-    def counts(self, vision: VisionOutput) -> jax.Array:
-        """How many tokens come out of each image, int32 `[I]`."""
+    def choose(self, patches: Patches) -> Chosen:
+        """Which patches stay."""
         raise NotImplementedError
 
-    def select(self, vision: VisionOutput, capacity: int) -> Selection:
-        """The tokens that are left, in `capacity` slots, which all counts fit into."""
+    def merge_tokens(
+        self, vision: VisionOutput, kept: jax.Array, indices: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Of a method that merges: what the kept patches become, tile by tile.
+
+        Args:
+            vision: of F tiles.
+            kept: bool `[F, N]`.
+            indices: int32 `[F, K]`, the kept patches and, behind them, others.
+
+        Returns:
+            `[F, K, C]`, and one more token for each tile, `[F, C]`.
+        """
         raise NotImplementedError
 
 
@@ -143,7 +159,7 @@ def check_keep(keep: int | None) -> None:
         raise UserError(f"keep is {keep!r}; expected a number of visual tokens, 1 or more.")
 
 
-def check_keep_fits(keep: int | None, num_tokens: int) -> None:
-    """Raise `UserError` when more tokens are to be kept than an image has."""
-    if keep is not None and keep > num_tokens:
-        raise UserError(f"keep is {keep}, but an image of this model has {num_tokens} tokens.")
+def check_keep_fits(keep: int | None, num_patches: int) -> None:
+    """Raise `UserError` when more patches are to be kept than an image has."""
+    if keep is not None and keep > num_patches:
+        raise UserError(f"keep is {keep}, but an image of this request has {num_patches} patches.")

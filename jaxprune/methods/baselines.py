@@ -6,50 +6,41 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxprune.errors import UserError
 from jaxprune.methods.base import VisionMethod, check_keep, check_keep_fits
-from jaxprune.ops.visual import Selection, VisionOutput
+from jaxprune.ops.ranking import descending_order, ranks
+from jaxprune.ops.tiles import Chosen, Patches
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FixedPlaces(VisionMethod):
-    """Keep `keep` patches whose places depend on N alone, in raster order."""
+    """Keep `keep` patches whose places depend on an image's number of patches alone."""
 
     keep: int
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
 
-    @abc.abstractmethod
-    def places(self, num_tokens: int) -> np.ndarray:
-        """The kept places, ascending, int `[keep]`."""
+    def check(self, num_patches: int) -> None:
+        check_keep_fits(self.keep, num_patches)
 
-    def check(self, num_tokens: int) -> None:
-        check_keep_fits(self.keep, num_tokens)
-
-    def fixed_count(self, num_tokens: int) -> int | None:
+    def fixed_count(self, num_patches: int) -> int | None:
         return self.keep
 
-    def counts(self, vision: VisionOutput) -> jax.Array:
-        return jnp.full(vision.features.shape[:1], self.keep, jnp.int32)
+    def choose(self, patches: Patches) -> Chosen:
+        place = patches.place.reshape(len(patches.place), -1)  # [I, T * N]
+        kept = jax.vmap(self.places)(place, patches.number)
+        return Chosen((kept & (place >= 0)).reshape(patches.place.shape))
 
-    def select(self, vision: VisionOutput, capacity: int) -> Selection:
-        images, N, _ = vision.features.shape
-        unused = capacity - self.keep
-        places = np.pad(self.places(N), (0, unused))
-        indices = np.pad(self.places(N), (0, unused), constant_values=-1)
-        return Selection(
-            tokens=vision.features[:, places],
-            counts=self.counts(vision),
-            indices=jnp.broadcast_to(jnp.asarray(indices, jnp.int32), (images, capacity)),
-        )
+    @abc.abstractmethod
+    def places(self, place: jax.Array, number: jax.Array) -> jax.Array:
+        """Whether the patch at a place stays: int32 `[P]`, int32 `[]` -> bool `[P]`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RandomPlaces(FixedPlaces):
-    """Keep a random subset, drawn once from (seed, N) and the same for every image."""
+    """Keep a random subset, drawn once from (seed, N) and the same for every image of N."""
 
     seed: int = 0
 
@@ -62,15 +53,11 @@ class RandomPlaces(FixedPlaces):
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
             raise UserError(f"seed is {self.seed!r}; expected a whole number, 0 or more.")
 
-    def places(self, num_tokens: int) -> np.ndarray:
-        return np.sort(np.argsort(self.draws(num_tokens), kind="stable")[: self.keep])
-
-    def draws(self, num_tokens: int) -> np.ndarray:
-        """A number for each place; the smallest `keep` stay. A place's draw is its own."""
-        with jax.ensure_compile_time_eval():
-            key = jax.random.fold_in(jax.random.key(self.seed), num_tokens)
-            keys = jax.vmap(lambda place: jax.random.fold_in(key, place))(np.arange(num_tokens))
-            return np.asarray(jax.vmap(jax.random.uniform)(keys))
+    def places(self, place: jax.Array, number: jax.Array) -> jax.Array:
+        # A draw for each place by itself, so that padding changes nothing; the smallest stay.
+        key = jax.random.fold_in(jax.random.key(self.seed), number)
+        draws = jax.vmap(lambda p: jax.random.uniform(jax.random.fold_in(key, p)))(place)
+        return ranks(descending_order(jnp.where(place >= 0, -draws, -jnp.inf))) < self.keep
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,5 +68,7 @@ class UniformPlaces(FixedPlaces):
     paper: ClassVar[str] = "baseline"
     summary: ClassVar[str] = "keep evenly spaced patches"
 
-    def places(self, num_tokens: int) -> np.ndarray:
-        return (2 * np.arange(self.keep) + 1) * num_tokens // (2 * self.keep)
+    def places(self, place: jax.Array, number: jax.Array) -> jax.Array:
+        chosen = (2 * jnp.arange(self.keep) + 1) * number // (2 * self.keep)
+        at_place = jnp.zeros(place.shape, bool).at[chosen].set(True)
+        return at_place[jnp.maximum(place, 0)]

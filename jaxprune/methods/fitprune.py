@@ -15,7 +15,8 @@ tokens' FLOPs that it saves, or one made by `jaxprune calibrate`.
 
     scaling     A recipe is made for N0 visual tokens. For another number N "kept" scales what
                 is left behind each layer, round(N kept_l(N0) / N0); "authors" deletes
-                t_l N // N0, as the published code does.
+                t_l N // N0, as the published code does. The published LLaVA-NeXT recipes,
+                whose images all differ, are scaled as they were there; others by "kept".
 
 The published code runs batches of one and finds the image at a fixed position; here every
 row deletes its own tokens, wherever its images stand.
@@ -41,13 +42,13 @@ class FitPrune(DecoderMethod):
             for the model's family, 0.1, 0.2, ... 0.9 and 0.55 for LLaVA-1.5.
         deletions: instead of `save`, visual tokens deleted in each layer, `[L]`.
         num_tokens: the number of visual tokens that `deletions` are made for.
-        scaling: "kept" or "authors".
+        scaling: "kept" or "authors"; None takes what the published recipe says, else "kept".
     """
 
     save: float | None = None
     deletions: tuple[int, ...] | None = None
     num_tokens: int | None = None
-    scaling: str = "kept"
+    scaling: str | None = None
 
     name: ClassVar[str] = "fitprune"
     paper: ClassVar[str] = "FitPrune, arXiv 2409.10197"
@@ -61,16 +62,17 @@ class FitPrune(DecoderMethod):
             )
         if self.save is not None:
             check_share("save", self.save, one=False)
-        if self.scaling not in ("kept", "authors"):
+        if self.scaling not in (None, "kept", "authors"):
             raise UserError(f"scaling is {self.scaling!r}; expected 'kept' or 'authors'.")
         if self.deletions is None:
             return
         listed = isinstance(self.deletions, tuple | list)
         whole = listed and all(type(t) is int and t >= 0 for t in self.deletions)
-        if not whole or type(self.num_tokens) is not int or self.num_tokens < sum(self.deletions):
+        number = self.num_tokens
+        if not whole or type(number) is not int or number < max(1, sum(self.deletions)):
             raise UserError(
                 f"deletions are {self.deletions!r} with num_tokens={self.num_tokens!r}; "
-                "expected whole numbers, together at most num_tokens."
+                "expected whole numbers, together at most num_tokens, which is 1 or more."
             )
         object.__setattr__(self, "deletions", tuple(self.deletions))
 
@@ -79,22 +81,23 @@ class FitPrune(DecoderMethod):
         return Score(queries=("visual", "text"), heads="max")
 
     def removed(self, num_tokens: int, depth: Depth) -> np.ndarray:
-        deletions, made_for = self.recipe(depth)
-        if self.scaling == "authors":
+        deletions, made_for, scaling = self.recipe(depth)
+        if (self.scaling or scaling) == "authors":
             return np.cumsum(deletions * num_tokens // made_for)
         kept = made_for - np.cumsum(deletions)
         return num_tokens - np.floor(num_tokens * kept / made_for + 0.5).astype(np.int64)
 
-    def recipe(self, depth: Depth) -> tuple[np.ndarray, int]:
-        """Deletions per layer and the number of visual tokens that they are for."""
-        deletions, made_for = self.deletions, self.num_tokens
+    def recipe(self, depth: Depth) -> tuple[np.ndarray, int, str]:
+        """Deletions per layer, the number of visual tokens that they are for, and the scaling."""
+        deletions, made_for, scaling = self.deletions, self.num_tokens, "kept"
         if deletions is None:
             found = recipes.published("fitprune", depth.family, depth.num_hidden_layers, self.save)
             deletions, made_for = found.options["deletions"], found.options["num_tokens"]
+            scaling = found.options.get("scaling", scaling)
         if len(deletions) != depth.num_hidden_layers:
             raise UserError(
                 f"The FitPrune recipe is for {len(deletions)} layers, but the decoder has "
                 f"{depth.num_hidden_layers}; make one with `jaxprune calibrate`."
             )
         assert made_for is not None
-        return np.array(deletions, np.int64), made_for
+        return np.array(deletions, np.int64), made_for, scaling

@@ -35,9 +35,9 @@ from jaxprune.methods.base import (
     check_share,
     round_half_up,
 )
-from jaxprune.ops.ranking import descending_order, gather_tokens, ranks
+from jaxprune.ops.ranking import descending_order, ranks
 from jaxprune.ops.schedule import Score
-from jaxprune.ops.visual import Selection, VisionOutput
+from jaxprune.ops.tiles import Chosen, Patches
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,30 +93,19 @@ class LongTail(VisionMethod):
         if isinstance(c, bool) or not isinstance(c, int | float) or not 0 < c < float("inf"):
             raise UserError(f"c is {c!r}; expected a number above 0.")
 
-    def fixed_count(self, num_tokens: int) -> int | None:
+    def fixed_count(self, num_patches: int) -> int | None:
         return None
 
-    def counts(self, vision: VisionOutput) -> jax.Array:
-        return tail_start(vision.signals["cls_attention"], self.c)
-
-    def select(self, vision: VisionOutput, capacity: int) -> Selection:
-        s = vision.signals["cls_attention"]
-        counts = tail_start(s, self.c)
-        kept = ranks(descending_order(s)) < counts[:, None]  # [I, N]
-        raster = descending_order(kept.astype(jnp.float32))[:, :capacity]  # ties: by place
-        used = jnp.arange(capacity) < counts[:, None]
-        return Selection(
-            tokens=gather_tokens(vision.features, raster),
-            counts=counts,
-            indices=jnp.where(used, raster, -1),
-        )
+    def choose(self, patches: Patches) -> Chosen:
+        s = patches.signals["cls_attention"]  # [I, T, N], every tile for itself
+        return Chosen(ranks(descending_order(s)) < tail_start(s, self.c)[..., None])
 
 
 def tail_start(s: jax.Array, c: float | jax.Array) -> jax.Array:
-    """i*, the number of tokens before the tail: float32 `[I, N]` -> int32 `[I]`."""
+    """i*, the number of tokens before the tail: float32 `[..., N]` -> int32 `[...]`."""
     N = s.shape[-1]
     d = -jnp.sort(-s.astype(jnp.float32), axis=-1)
-    drop = d[:, :1] - d
+    drop = d[..., :1] - d
     i = jnp.arange(1, N + 1)
     possible = (drop > 0) & (i < N)
     f = jnp.log(jnp.maximum(N - i, 1)) + c * jnp.log(jnp.where(possible, drop, 1.0))

@@ -20,6 +20,11 @@ Options and what they reproduce:
                     weighted by s.
     order           "score": the published code. "raster": kept tokens by their place.
 
+Of an image of several tiles, which the published code does not reduce, every tile is treated
+so for itself, and what is kept stands by its place in the picture, followed by the extra
+tokens tile by tile. A fixed `keep` ranks the patches of all tiles together; the grid then runs
+over the whole picture. Of what a tile keeps, patches in the padding fall away.
+
 Deviations from the published code, where it fails: without any outlier (division by zero)
 m is 1; with more than N / 3 of them (a stride of zero) the stride is 1. Neighbours are
 min(32, N - 1). The published training path leaves PruMerge+'s repeats in.
@@ -35,7 +40,8 @@ from jaxprune.errors import UserError
 from jaxprune.methods.base import VisionMethod, check_keep, check_keep_fits
 from jaxprune.ops.merging import neighbour_weights, weighted_sum
 from jaxprune.ops.ranking import descending_order, gather_tokens, quartiles, ranks
-from jaxprune.ops.visual import Selection, VisionOutput
+from jaxprune.ops.tiles import Chosen, Patches
+from jaxprune.ops.visual import VisionOutput
 
 NEIGHBOURS = 32
 _CHOICES = {"merge": ("authors", "weighted_mean"), "order": ("score", "raster")}
@@ -46,7 +52,7 @@ class PruMerge(VisionMethod):
     """Keep the CLS token's outliers and merge the others into them.
 
     Args:
-        keep: tokens kept of every image; None lets the outliers decide, image by image.
+        keep: patches kept of every image; None lets the outliers decide, tile by tile.
         merge: "authors" or "weighted_mean".
         order: "score" or "raster".
     """
@@ -59,7 +65,7 @@ class PruMerge(VisionMethod):
     paper: ClassVar[str] = "LLaVA-PruMerge, arXiv 2403.15388"
     summary: ClassVar[str] = "keep what the CLS token looks at, merge the rest into it"
     signals: ClassVar[frozenset[str]] = frozenset({"cls_attention", "keys"})
-    extra_tokens: ClassVar[int] = 1
+    merges: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
@@ -68,30 +74,48 @@ class PruMerge(VisionMethod):
             if value not in allowed:
                 raise UserError(f"{option} is {value!r}; expected one of: {', '.join(allowed)}.")
 
-    def check(self, num_tokens: int) -> None:
-        check_keep_fits(self.keep, num_tokens)
+    def check(self, num_patches: int) -> None:
+        check_keep_fits(self.keep, num_patches)
 
-    def fixed_count(self, num_tokens: int) -> int | None:
-        return None if self.keep is None else self.keep + self.extra_tokens
+    def fixed_count(self, num_patches: int) -> int | None:
+        return None if self.keep is None else self.keep + 1
 
-    def counts(self, vision: VisionOutput) -> jax.Array:
-        _, kept = self.rank(vision.signals["cls_attention"])
-        return kept + 1
+    def choose(self, patches: Patches) -> Chosen:
+        s = patches.signals["cls_attention"]  # [I, T, N]
+        if self.keep is None:
+            places = jnp.broadcast_to(jnp.arange(s.shape[-1]), s.shape)
+            rank, number = self.rank(s, count_outliers(s), places)
+        else:  # all tiles as one
+            place = patches.place.reshape(len(s), -1)  # [I, T * N]
+            inside = jnp.where(place >= 0, s.reshape(place.shape), -jnp.inf)
+            rank, number = self.rank(inside, None, place)
+            rank = rank.reshape(s.shape)
+            number = number[:, None]
+        by_score = self.order == "score" and s.shape[1] == 1
+        return Chosen(rank < number[..., None], rank if by_score else None)
 
-    def select(self, vision: VisionOutput, capacity: int) -> Selection:
-        x = vision.features.astype(jnp.float32)  # [I, N, C]
-        s, keys = vision.signals["cls_attention"], vision.signals["keys"]  # [I, N], [I, N, C]
-        order, kept = self.rank(s)  # [I, N], [I]
-        slot = jnp.arange(capacity)[None]  # [1, K]
-        is_kept = ranks(order) < kept[:, None]  # [I, N]
-        if self.order == "raster":
-            # Ties keep the lower index: the kept ones, by place.
-            order = descending_order(is_kept.astype(jnp.float32))
-        # The extra token needs a slot behind the kept ones, hence one more than N may hold.
-        indices = jnp.pad(order, ((0, 0), (0, 1)))[:, :capacity]
+    def rank(
+        self, s: jax.Array, outliers: jax.Array | None, place: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """The order in which patches are kept, `[..., N]`, and how many are, `[...]`.
 
+        Args:
+            s: float32 `[..., N]`.
+            outliers: int32 `[...]`; None keeps `keep` patches.
+            place: int32 `[..., N]`, 0 1 2 ... over the patches, -1 for what is none.
+        """
+        if outliers is None:
+            assert self.keep is not None
+            outliers = jnp.full(s.shape[:-1], self.keep, jnp.int32)
+        return ranks(descending_order(s)), outliers
+
+    def merge_tokens(
+        self, vision: VisionOutput, kept: jax.Array, indices: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        x = vision.features.astype(jnp.float32)  # [F, N, C]
+        s, keys = vision.signals["cls_attention"], vision.signals["keys"]  # [F, N], [F, N, C]
         weights = neighbour_weights(keys, s, indices, min(NEIGHBOURS, x.shape[1] - 1))
-        merged = gather_tokens(x, indices)
+        merged = gather_tokens(x, indices)  # [F, K, C]
         if self.merge == "authors":
             merged = merged + weighted_sum(weights, x)
         else:
@@ -99,21 +123,8 @@ class PruMerge(VisionMethod):
             total = own + weights.sum(-1, keepdims=True)
             mean = (own * merged + weighted_sum(weights, x)) / jnp.where(total > 0, total, 1.0)
             merged = jnp.where(total > 0, mean, merged)  # no attention at all: nothing to merge
-
-        extra = weighted_sum(jnp.where(is_kept, 0.0, s)[:, None], x)  # [I, 1, C]
-        tokens = jnp.where((slot == kept[:, None])[..., None], extra, merged)
-        return Selection(
-            tokens=tokens.astype(vision.features.dtype),
-            counts=kept + 1,
-            indices=jnp.where(slot < kept[:, None], indices, -1),
-        )
-
-    def rank(self, s: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """All tokens, kept ones first in their order, `[I, N]`, and how many are kept, `[I]`."""
-        order = descending_order(s)
-        if self.keep is not None:
-            return order, jnp.full(s.shape[:1], self.keep, jnp.int32)
-        return order, count_outliers(s)
+        extra = weighted_sum(jnp.where(kept, 0.0, s)[:, None], x)[:, 0]
+        return merged, extra
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,30 +134,39 @@ class PruMergePlus(PruMerge):
     name: ClassVar[str] = "prumerge_plus"
     summary: ClassVar[str] = "PruMerge with evenly spaced patches added"
 
-    def rank(self, s: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def rank(
+        self, s: jax.Array, outliers: jax.Array | None, place: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         N = s.shape[-1]
-        place = jnp.arange(N, dtype=jnp.int32)
-        rank = ranks(descending_order(s))  # [I, N]
-        if self.keep is None:
-            m = count_outliers(s)
-            stride = jnp.maximum(1, (N // m) // 3)[:, None]
-            sampled = (place % stride == 0) & (place < N - 1)  # [I, N]
+        rank = ranks(descending_order(s))
+        if outliers is None:
+            m = jnp.full(s.shape[:-1], (self.keep + 1) // 2, jnp.int32)  # type: ignore[operator]
+            sampled = self.on_grid(place)
         else:
-            m = jnp.full(s.shape[:1], (self.keep + 1) // 2, jnp.int32)
-            half = self.keep // 2
-            grid = (2 * jnp.arange(half) + 1) * N // max(2 * half, 1)
-            sampled = jnp.zeros(N, bool).at[grid].set(True)[None]
+            m = outliers
+            stride = jnp.maximum(1, (N // m) // 3)[..., None]
+            sampled = (place % stride == 0) & (place < N - 1)
         # One sorting key: outliers by rank, then samples by place, then the rest by rank.
-        outlier = rank < m[:, None]
+        outlier = rank < m[..., None]
         key = jnp.where(outlier, rank, jnp.where(sampled, N + place, 2 * N + rank))
-        order = jnp.argsort(key, axis=-1).astype(jnp.int32)
+        number = jnp.sum(outlier | sampled, axis=-1, dtype=jnp.int32)
         if self.keep is not None:
-            return order, jnp.full(s.shape[:1], self.keep, jnp.int32)
-        return order, jnp.sum(outlier | sampled, axis=-1, dtype=jnp.int32)
+            number = jnp.full(s.shape[:-1], self.keep, jnp.int32)
+        return ranks(jnp.argsort(key, axis=-1)), number
+
+    def on_grid(self, place: jax.Array) -> jax.Array:
+        """The floor(keep / 2) patches of a regular grid: int32 `[I, P]` -> bool `[I, P]`."""
+        assert self.keep is not None
+        half = self.keep // 2
+        patches = jnp.sum(place >= 0, axis=-1, keepdims=True)  # [I, 1]
+        grid = (2 * jnp.arange(half) + 1) * patches // max(2 * half, 1)  # [I, half]
+        rows = jnp.arange(len(place))[:, None]
+        at_place = jnp.zeros(place.shape, bool).at[rows, grid].set(True)
+        return jnp.take_along_axis(at_place, jnp.maximum(place, 0), axis=-1) & (place >= 0)
 
 
 def count_outliers(s: jax.Array) -> jax.Array:
-    """How many scores exceed Q3 + 1.5 (Q3 - Q1), at least 1: `[I, N]` -> int32 `[I]`."""
+    """How many scores exceed Q3 + 1.5 (Q3 - Q1), at least 1: `[..., N]` -> int32 `[...]`."""
     q1, q3 = quartiles(s)
-    above = s > (q3 + 1.5 * (q3 - q1))[:, None]
+    above = s > (q3 + 1.5 * (q3 - q1))[..., None]
     return jnp.maximum(1, above.sum(-1, dtype=jnp.int32))

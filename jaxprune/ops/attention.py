@@ -189,17 +189,19 @@ def _by_blocks(q, k, v, valid, weights, *, heads, later):  # type: ignore[no-unt
         if weights is None:
             return out, jnp.zeros(())
 
+        whole = most + jnp.log(total)
+
         def note(_: None, column: tuple) -> tuple:
             j, k, _, ok = column
 
             def add() -> jax.Array:
-                attended = jnp.exp(logits(i, q, j, k, ok) - most[..., None]) / total[..., None]
+                attended = jnp.exp(logits(i, q, j, k, ok) - whole[..., None])
                 itself = jnp.broadcast_to(jnp.eye(t, dtype=bool) & (i == j), (B, t, t))
                 return _received(attended, weights, heads, itself if later else None)
 
             return None, jax.lax.cond(j <= i, add, lambda: jnp.zeros((weights.shape[-1], B, t)))
 
-        received = jax.lax.scan(note, None, columns)[1]  # [n, sums, B, t]
+        received: jax.Array = jax.lax.scan(note, None, columns)[1]  # [n, sums, B, t]
         return out, jnp.moveaxis(received, 0, 2).reshape(*received.shape[1:3], n * t)[..., :S]
 
     parts = (jnp.arange(n), split(q, 2), None if weights is None else split(weights, 1))

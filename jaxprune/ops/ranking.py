@@ -16,6 +16,11 @@ def ranks(order: jax.Array) -> jax.Array:
     return jnp.argsort(order, axis=-1).astype(jnp.int32)
 
 
+def nonzero_first(mask: jax.Array, size: int) -> jax.Array:
+    """Where a mask is True, ascending, then where it is not: bool `[..., N]` -> `[..., size]`."""
+    return descending_order(mask.astype(jnp.float32))[..., :size]  # ties keep their order
+
+
 def quartiles(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
     """First and third quartile by linear interpolation, float32 `[..., N]` -> two `[...]`."""
     ordered = jnp.sort(scores.astype(jnp.float32), axis=-1)

@@ -17,14 +17,15 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune.ops.attention import Watch
-from jaxprune.ops.ranking import descending_order, ranks
+from jaxprune.ops.ranking import descending_order, nonzero_first, ranks
 
 # What a token of the prompt is to a schedule.
 CONTEXT = 0  # text before or between images: never pruned, never asked
 VISUAL = 1
 QUESTION = 2  # text behind the last image, its last token apart
-LAST = 3  # the prompt's last token, of whatever kind: asked, never pruned
+LAST = 3  # the prompt's last token: asked, never pruned
 ANSWER = 4  # a teacher-forced answer: never pruned, never asked
+LAST_VISUAL = 5  # the same as LAST, of a prompt that ends with an image
 
 AFTER_ATTENTION = "after_attention"
 BETWEEN_LAYERS = "between_layers"
@@ -124,12 +125,22 @@ def query_weights(name: str, tokens: Any) -> jax.Array:
     """1 for the tokens that ask, 0 for the others: float32 `[B, S]`."""
     kind = tokens.kind
     asks = {
-        "last": kind == LAST,
-        "text": (kind == QUESTION) | (kind == LAST),
-        "visual": kind == VISUAL,
+        "last": is_last(kind),
+        "text": (kind == QUESTION) | is_last(kind),
+        "visual": is_visual(kind),
         "all": kind != ANSWER,
     }[name]
     return (asks & tokens.valid).astype(jnp.float32)
+
+
+def is_last(kind: jax.Array) -> jax.Array:
+    """Whether a token is its prompt's last."""
+    return (kind == LAST) | (kind == LAST_VISUAL)
+
+
+def is_visual(kind: jax.Array) -> jax.Array:
+    """Whether a token is visual, to be pruned or not."""
+    return (kind == VISUAL) | (kind == LAST_VISUAL)
 
 
 def candidates(tokens: Any, *, prune_text: bool) -> jax.Array:
@@ -157,7 +168,7 @@ def keep_best(score: jax.Array, candidates: jax.Array, count: jax.Array) -> jax.
 
 def compact(tree: Any, valid: jax.Array, length: int) -> Any:
     """Valid slots of a pytree of `[B, S, ...]` to the front, in order, in `length` slots."""
-    slots = descending_order(valid.astype(jnp.float32))[:, :length]  # ties keep their order
+    slots = nonzero_first(valid, length)
 
     def gather(x: jax.Array) -> jax.Array:
         return jnp.take_along_axis(x, slots.reshape(*slots.shape, *(1,) * (x.ndim - 2)), axis=1)

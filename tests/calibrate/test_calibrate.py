@@ -1,5 +1,6 @@
 """Calibration end to end on a tiny model; FitPrune's fit against a plain one."""
 
+import dataclasses
 import importlib
 import json
 
@@ -51,7 +52,7 @@ def plain_fit(model, samples, save):
         layout, selection = run.layout, run._visual_tokens()
         tokens = llava.embed(
             model.arrays, model.config, layout.token_ids, layout.visual_index, layout.kind,
-            layout.lengths, selection.tokens,
+            layout.lengths, llava.project(model.arrays, model.config, selection.tokens),
         )  # fmt: skip
         length = int(layout.lengths[0])
         prompts.append((np.asarray(tokens.x[0, :length]), layout.kind[0, :length]))
@@ -162,8 +163,8 @@ def test_scores_are_those_of_generation(model, samples):
     answers = np.full((3, longest), -1, np.int32)
     for i, answer in enumerate(said):
         answers[i, : len(answer.token_ids)] = answer.token_ids
-    forced = evaluate.Batch(layout, batch.features, {}, answers, 3)
-    data = evaluate.CalibrationSet(model, [forced], evaluate.Lengths(64, N), N)
+    forced = dataclasses.replace(batch, layout=layout, answers=answers)
+    data = evaluate.CalibrationSet(model, [forced], evaluate.Lengths(64, N))
     method = jaxprune.GSearch(keep_rates=(1, 0.5, 0.5, 0.25))
     assert score(data, method) == 1.0
     assert score(data, method, "logprob") < 0

@@ -61,7 +61,7 @@ CONVERSATIONS = [
 def test_prompts_keep_their_strings_and_ids(images, prompt, original, tmp_path):
     convert(original, tmp_path / "new")
     messages = as_messages(prompt, images)
-    old = load_processor(original[0], original_size=32)
+    old = load_processor(original[0], original=builders.tiny_config())
     new = load_processor(tmp_path / "new")
     text = render(old, messages)
     assert text.endswith(" ASSISTANT:")
@@ -120,9 +120,10 @@ def test_images_become_the_same_pixels(aspect, wide, tmp_path):
         tmp_path / "old", tmp_path / "tower", image_aspect_ratio=aspect
     )
     convert(original, tmp_path / "new")
-    old = load_processor(original[0], original_size=32)
-    pixels = pixel_values(load_processor(tmp_path / "new"), [wide], 32)
-    np.testing.assert_allclose(pixels, pixel_values(old, [wide], 32), atol=1e-6)
+    config = builders.tiny_config()
+    old = load_processor(original[0], original=config)
+    pixels = pixel_values(load_processor(tmp_path / "new"), [wide], config)
+    np.testing.assert_allclose(pixels, pixel_values(old, [wide], config), atol=1e-6)
     padded = bool(np.ptp(pixels[0, 0, :, 0]) < 0.02)  # the first row is the padding's one color
     assert padded == (aspect == "pad")
 
@@ -217,7 +218,7 @@ def test_a_sentencepiece_tokenizer(legacy, original, tmp_path):
     text = "USER: <image>\nWhat is it? ASSISTANT:"
     expected = [reference.encode(part) for part in text.split("<image>")]
     expected[0].insert(0, 1)
-    old = load_processor(directory, original_size=32)
+    old = load_processor(directory, original=builders.tiny_config())
     assert tokenize(old, text, 1) == expected
     convert(original, tmp_path / "new")
     assert tokenize(load_processor(tmp_path / "new"), text, 1) == expected

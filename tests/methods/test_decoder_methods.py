@@ -51,7 +51,7 @@ def compare(model, method, delete, new=20, prompt="Where is it, please?", **opti
             np.asarray(x) for x in (
                 run.layout.token_ids, run.layout.visual_index, run.layout.kind, run.layout.lengths,
             )
-        ), selection.tokens,
+        ), llava.project(model.arrays, model.config, selection.tokens),
     )  # fmt: skip
     decoder = plain.PlainDecoder(model["language_model"], model.config.text_config)
     ids, logits, survivors, lengths = decoder.generate(
@@ -184,7 +184,7 @@ def test_published_fitprune_recipes_scale():
     from jaxprune.methods.base import Depth
 
     method = jaxprune.FitPrune(save=0.6)
-    deletions, made_for = method.recipe(Depth("llava", 32))
+    deletions, made_for, _ = method.recipe(Depth("llava", 32))
     kept = made_for - np.cumsum(deletions)
     assert (576 - method.removed(576, Depth("llava", 32)) == kept).all()
     scaled = 144 - method.removed(144, Depth("llava", 32))

@@ -6,8 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxprune
-from jaxprune.ops.visual import VisionOutput
-from tests.methods import reference
+from tests.methods import builders, reference
 
 KEPT = {
     jaxprune.PruMerge: reference.kept_prumerge,
@@ -30,9 +29,7 @@ def image(rng, N, *, outliers=None, ties=False, width=16):
 
 def select(method, images):
     x, s, k = (jnp.asarray(np.stack(part)) for part in zip(*images, strict=True))
-    vision = VisionOutput(x, {"cls_attention": s, "keys": k})
-    counts = method.counts(vision)
-    return method.select(vision, int(counts.max()))
+    return builders.select(method, x, {"cls_attention": s, "keys": k})
 
 
 def check(method, images):

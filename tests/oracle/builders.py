@@ -1,10 +1,14 @@
 """Tiny random PyTorch models, and the same weights as a directory."""
 
+import json
+
 import numpy as np
 import torch
 import transformers
 
 import jaxprune
+from jaxprune.checkpoints_convert.load import read_config
+from jaxprune.processing import processor_files
 from tests.builders import set_image_size
 
 VISION = {
@@ -39,20 +43,49 @@ def torch_llava(*, vision=None, text=None, seed=0, **fields):
         **fields,
     )
     torch.manual_seed(seed)
-    model = transformers.LlavaForConditionalGeneration(config).eval()
+    return perturbed(transformers.LlavaForConditionalGeneration(config).eval())
+
+
+def perturbed(model):
+    """The model with every parameter moved off its usual zeros and ones."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return model
 
 
+PINPOINTS = [[32, 64], [64, 32], [64, 64], [96, 32], [32, 96]]
+
+
+def torch_llava_next(*, text=None, seed=0, pinpoints=None, **fields):
+    """A random LLaVA-NeXT in float32, tiles of 32 pixels and 16 patches."""
+    kind = (text or {}).get("model_type", "llama")
+    text_class = {"llama": transformers.LlamaConfig, "mistral": transformers.MistralConfig}[kind]
+    own = {name: value for name, value in (text or {}).items() if name != "model_type"}
+    config = transformers.LlavaNextConfig(
+        vision_config=transformers.CLIPVisionConfig(**VISION),
+        text_config=text_class(**{**TEXT, **own}),
+        image_token_index=4,
+        image_grid_pinpoints=pinpoints or PINPOINTS,
+        image_seq_length=16,
+        **fields,
+    )
+    torch.manual_seed(seed)
+    model = transformers.LlavaNextForConditionalGeneration(config).eval()
+    return perturbed(model)
+
+
 def save(model, directory):
-    """`model.save_pretrained`, with the shipped model's tokenizer and processor beside it."""
+    """`model.save_pretrained`, with the shipped model's tokenizer and a processor beside it."""
     model.save_pretrained(directory)
     for path in jaxprune.SMALL_MODEL.iterdir():
         if path.suffix in (".json", ".jinja") and path.name != "config.json":
             (directory / path.name).write_bytes(path.read_bytes())
     set_image_size(directory, model.config.vision_config.image_size)
+    if model.config.model_type != "llava":
+        config = read_config(directory, dtype="float32")
+        for name, fields in processor_files(config).items():
+            (directory / name).write_text(json.dumps(fields))
     return directory
 
 

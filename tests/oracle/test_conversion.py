@@ -197,7 +197,7 @@ def test_an_original_checkpoint_answers_in_transformers(prefix, aspect, tmp_path
     image_id = torch_model.config.image_token_id
     assert inputs["input_ids"].tolist() == [[*first, *[image_id] * 16, *second]]
 
-    pixels = pixel_values(params.processor, [image], 32)
+    pixels = pixel_values(params.processor, [image], params.config)
     found = inputs["pixel_values"].numpy().transpose(0, 2, 3, 1)
     chex.assert_trees_all_close(found, pixels, atol=1e-5)
     ids = inputs["input_ids"].numpy()

@@ -89,7 +89,7 @@ def continue_greedily(params, config, pixels, row, new):
         jnp.asarray(layout.visual_index),
         jnp.asarray(layout.kind),
         jnp.asarray(layout.lengths),
-        vision.features,
+        llava.project(params, config, vision.features),
     )
     prefilled = llava.prefill(params, config, tokens, new_slots=new)
     logits = llava.logits(params, config, prefilled.tokens.x[:, length - 1])

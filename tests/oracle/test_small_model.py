@@ -73,5 +73,5 @@ def test_pixels_equal_the_reference_processor(reference, small_model, size, rng)
     expected = processor.image_processor(
         array, input_data_format="channels_last", return_tensors="np"
     )["pixel_values"]
-    found = pixel_values(small_model.processor, [load_image(image)], 96)
+    found = pixel_values(small_model.processor, [load_image(image)], small_model.config)
     chex.assert_trees_all_close(found.transpose(0, 3, 1, 2), expected, atol=1e-6)

@@ -22,6 +22,20 @@ _SCALING_FIELDS = {
 }
 
 
+# What transformers takes for a field that a config.json leaves out, by its model_type.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {"vocab_size": 32000, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6},
+    "mistral": {
+        "vocab_size": 32000,
+        "max_position_embeddings": 4096 * 32,
+        "rms_norm_eps": 1e-6,
+        "intermediate_size": 14336,
+        "num_key_value_heads": 8,
+        "sliding_window": 4096,
+    },
+}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeScaling:
     """How rotary frequencies are stretched: kind "default", "linear", "dynamic" or "llama3"."""
@@ -107,14 +121,19 @@ class LlamaConfig:
 
     @classmethod
     def from_hf(cls, fields: Mapping[str, Any], *, dtype: str = "float32") -> "LlamaConfig":
-        """From the dict of a `transformers` `LlamaConfig`; absent fields have its defaults.
+        """From the dict of a `transformers` `LlamaConfig` or `MistralConfig`.
+
+        Absent fields have that class's defaults. A Mistral whose attention has no window
+        shorter than its context is a LLaMA.
 
         Raises:
             UserError: for a field or value that this port does not handle.
         """
         names = {field.name for field in dataclasses.fields(cls)}
         # max_sequence_length is a note in Vicuna's configs; RoPE's fields decide.
-        refuse_unknown(fields, names | {"rope_parameters", "max_sequence_length"}, _WHERE)
+        handled = {"rope_parameters", "max_sequence_length", "sliding_window"}
+        refuse_unknown(fields, names | handled, _WHERE)
+        kind = require(fields, "model_type", tuple(_DEFAULTS), _WHERE, "llama")
         require(fields, "hidden_act", tuple(ACTIVATIONS), _WHERE, "silu")
 
         rope = mapping(fields, "rope_parameters", _WHERE) or mapping(fields, "rope_scaling", _WHERE)
@@ -123,13 +142,10 @@ class LlamaConfig:
             theta = fields.get("rope_theta")
         heads = fields.get("num_attention_heads", 32)
         hidden_size = fields.get("hidden_size", 4096)
-        shared, width = fields.get("num_key_value_heads"), fields.get("head_dim")
+        defaults = dict(_DEFAULTS[kind])
+        few = defaults.pop("num_key_value_heads", None)
+        shared, width = fields.get("num_key_value_heads", few), fields.get("head_dim")
         divisible = type(heads) is int and type(hidden_size) is int and heads > 0
-        defaults = {
-            "vocab_size": 32000,
-            "max_position_embeddings": 2048,
-            "rms_norm_eps": 1e-6,
-        }
         given = {name: fields[name] for name in names if fields.get(name) is not None}
         computed = {
             "num_key_value_heads": heads if shared is None else shared,
@@ -139,7 +155,14 @@ class LlamaConfig:
             "rope_scaling": RopeScaling.from_hf(rope),
             "dtype": dtype,
         }
-        return cls(**{**defaults, **given, **computed})
+        window = fields.get("sliding_window", defaults.pop("sliding_window", None))
+        config = cls(**{**defaults, **given, **computed})
+        if window is not None and (type(window) is not int or window < config.context_length):
+            raise UserError(
+                f"{_WHERE} has sliding_window={window!r}, but this port attends to the whole "
+                f"context of {config.context_length}; supported: null, or no less than that."
+            )
+        return config
 
     def to_hf(self) -> dict[str, Any]:
         """The dict that `LlamaConfig` of transformers 4 and 5 reads back."""

@@ -10,6 +10,7 @@ from jaxprune.models.llava.modeling import (
     param_shapes,
     prefill,
     project,
+    visual_embeddings,
 )
 
 __all__ = [
@@ -22,4 +23,5 @@ __all__ = [
     "param_shapes",
     "prefill",
     "project",
+    "visual_embeddings",
 ]

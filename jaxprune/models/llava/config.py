@@ -9,6 +9,7 @@ from jaxprune.models.activations import ACTIVATIONS
 from jaxprune.models.clip.config import ClipVisionConfig
 from jaxprune.models.config import mapping, refuse_unknown, require
 from jaxprune.models.llama.config import LlamaConfig
+from jaxprune.ops.tiles import Tiling, one_tile
 
 _WHERE = "The LLaVA config"
 
@@ -61,6 +62,16 @@ class LlavaConfig:
         return self.vision_config.num_patches + self.keep_cls
 
     @property
+    def one_tile(self) -> bool:
+        """Whether every image is a single tile, and so has as many tokens as any other."""
+        return True
+
+    def tiling(self, height: int, width: int) -> Tiling:
+        """How an image of so many pixels is seen: here as one square, whatever its shape."""
+        del height, width
+        return one_tile(self.vision_config.num_patches)
+
+    @property
     def dtype(self) -> str:
         return self.text_config.dtype
 
@@ -91,6 +102,11 @@ class LlavaConfig:
         Raises:
             UserError: for a field, value or sub-model that this port does not handle.
         """
+        return cls(**cls._read(fields, dtype=dtype))
+
+    @classmethod
+    def _read(cls, fields: Mapping[str, Any], *, dtype: str) -> dict[str, Any]:
+        """The arguments of LLaVA's own fields; those of a subclass are let through."""
         handled = {field.name for field in dataclasses.fields(cls)}
         handled |= {"image_seq_length", "ignore_index", "image_token_id", "tie_word_embeddings"}
         refuse_unknown(fields, handled, _WHERE)
@@ -104,7 +120,7 @@ class LlavaConfig:
         vision = mapping(fields, "vision_config", _WHERE) or ClipVisionConfig().to_hf()
         require(vision, "model_type", ("clip_vision_model",), "The vision config", None)
         text = mapping(fields, "text_config", _WHERE)
-        require(text, "model_type", ("llama",), "The text config", "llama")
+        require(text, "model_type", ("llama", "mistral"), "The text config", "llama")
         if fields.get("tie_word_embeddings"):
             text["tie_word_embeddings"] = fields["tie_word_embeddings"]
 
@@ -115,15 +131,17 @@ class LlavaConfig:
                 f"{_WHERE} has vision_feature_layer={layer!r}; expected a whole number or a "
                 "list of them."
             )
-        return cls(
-            vision_config=ClipVisionConfig.from_hf(vision, dtype=dtype),
-            text_config=LlamaConfig.from_hf(text, dtype=dtype),
-            image_token_index=fields.get("image_token_index", fields.get("image_token_id", 32000)),
-            vision_feature_layer=tuple(layer) if isinstance(layer, list) else layer,
-            vision_feature_select_strategy=select,
-            projector_hidden_act=act,
-            multimodal_projector_bias=fields.get("multimodal_projector_bias", True),
-        )
+        return {
+            "vision_config": ClipVisionConfig.from_hf(vision, dtype=dtype),
+            "text_config": LlamaConfig.from_hf(text, dtype=dtype),
+            "image_token_index": fields.get(
+                "image_token_index", fields.get("image_token_id", 32000)
+            ),
+            "vision_feature_layer": tuple(layer) if isinstance(layer, list) else layer,
+            "vision_feature_select_strategy": select,
+            "projector_hidden_act": act,
+            "multimodal_projector_bias": fields.get("multimodal_projector_bias", True),
+        }
 
     def to_hf(self) -> dict[str, Any]:
         """The dict that `LlavaConfig` of transformers 4 and 5 reads back."""

@@ -1,7 +1,8 @@
 """LLaVA-1.5 as pure functions over a nested dict of arrays, one function a stage.
 
     pixel_values --encode_image--> features, signals --(pruning)--> visual tokens
-    visual tokens + token ids --embed--> Tokens --prefill--> logits, caches --decode--> ...
+    visual tokens --visual_embeddings--> [I, K, D]
+    these + token ids --embed--> Tokens --prefill--> logits, caches --decode--> ...
 
 `params` has the keys "vision_tower", "multi_modal_projector" and "language_model".
 Nothing here is jitted: whoever composes the stages puts one `jax.jit` around each.
@@ -18,7 +19,7 @@ from jaxprune.models.clip.modeling import ClipVisionTower
 from jaxprune.models.llama.modeling import LayerCache, LlamaDecoder, Prefilled, Tokens
 from jaxprune.models.llava.config import LlavaConfig
 from jaxprune.ops.schedule import NO_CUTS, Schedule
-from jaxprune.ops.visual import VisionOutput
+from jaxprune.ops.visual import Selection, VisionOutput
 
 Params = dict[str, Any]
 
@@ -68,6 +69,11 @@ def project(params: Params, config: LlavaConfig, features: jax.Array) -> jax.Arr
     return visual
 
 
+def visual_embeddings(params: Params, config: LlavaConfig, selection: Selection) -> jax.Array:
+    """The selected visual tokens as the decoder takes them: `[I, K, D]`."""
+    return project(params, config, selection.tokens)
+
+
 def embed(
     params: Params,
     config: LlavaConfig,
@@ -75,9 +81,9 @@ def embed(
     visual_index: jax.Array,
     kind: jax.Array,
     lengths: jax.Array,
-    visual_tokens: jax.Array | None,
+    visual: jax.Array | None,
 ) -> Tokens:
-    """Text embeddings with the projected visual tokens laid in where the images stand.
+    """Text embeddings with the visual ones laid in where the images stand.
 
     Args:
         token_ids: int32 `[B, S]`; what stands at a visual slot does not matter.
@@ -85,16 +91,15 @@ def embed(
             takes, or -1 for a text token.
         kind: int32 `[B, S]`, what a slot's token is to a schedule: see `ops.schedule`.
         lengths: int32 `[B]`: slots in use, from the left.
-        visual_tokens: `[I, K, C]`, or None for a batch of text alone.
+        visual: `[I, K, D]`, or None for a batch of text alone.
 
     Returns:
         Tokens of `[B, S, D]` with contiguous positions.
     """
     x = _decoder(params, config, token_ids, method="embed")
-    if visual_tokens is not None:
-        visual = project(params, config, visual_tokens)
-        visual = visual.reshape(-1, visual.shape[-1])  # [I * K, D]
-        rows = jnp.take(visual, jnp.maximum(visual_index, 0), axis=0, mode="clip")
+    if visual is not None:
+        every = visual.reshape(-1, visual.shape[-1])  # [I * K, D]
+        rows = jnp.take(every, jnp.maximum(visual_index, 0), axis=0, mode="clip")
         x = jnp.where((visual_index >= 0)[..., None], rows, x)
     slots = jnp.arange(token_ids.shape[1], dtype=jnp.int32)[None]
     valid = slots < lengths[:, None]

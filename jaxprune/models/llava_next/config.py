@@ -1,0 +1,233 @@
+"""Sizes of a LLaVA-NeXT model, and how it cuts an image into tiles."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxprune.errors import UserError
+from jaxprune.models.clip.config import ClipVisionConfig
+from jaxprune.models.llama.config import LlamaConfig
+from jaxprune.models.llava.config import LlavaConfig
+from jaxprune.ops.tiles import NEWLINE, Tiling
+
+_WHERE = "The LLaVA-NeXT config"
+_DEFAULT_PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+
+Pinpoints = tuple[tuple[int, int], ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LlavaNextConfig(LlavaConfig):
+    """LLaVA-NeXT, LLaVA-1.6; the defaults are the model with Vicuna-7B.
+
+    Attributes:
+        image_grid_pinpoints: (height, width) of the tilings to choose from, in pixels.
+    """
+
+    image_grid_pinpoints: Pinpoints = _DEFAULT_PINPOINTS
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.keep_cls:
+            raise UserError(
+                f"{_WHERE} has vision_feature_select_strategy='full', with which tiles cannot "
+                "be laid out; supported: 'default'."
+            )
+        side = self.vision_config.image_size
+        for point in self.image_grid_pinpoints:
+            if any(n < 1 or n % side for n in point):
+                raise UserError(
+                    f"{_WHERE} has the tiling {list(point)} among its image_grid_pinpoints; "
+                    f"expected multiples of the vision tower's {side} pixels."
+                )
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Visual tokens of the image that has the most of them, before pruning."""
+        return max(self.tiling(*point).num_tokens for point in self.image_grid_pinpoints)
+
+    @property
+    def one_tile(self) -> bool:
+        return False
+
+    def tiling(self, height: int, width: int) -> Tiling:
+        """The tiles of an image of so many pixels, its padding and newlines."""
+        c = self.vision_config
+        return anyres(height, width, self.image_grid_pinpoints, c.image_size, c.grid_size)
+
+    @classmethod
+    def llava_1_6_vicuna_7b(cls, *, dtype: str = "float32") -> "LlavaNextConfig":
+        """LLaVA-NeXT with Vicuna-7B."""
+        return cls._preset({}, 32000, dtype)
+
+    @classmethod
+    def llava_1_6_vicuna_13b(cls, *, dtype: str = "float32") -> "LlavaNextConfig":
+        """LLaVA-NeXT with Vicuna-13B."""
+        text = {
+            "hidden_size": 5120,
+            "intermediate_size": 13824,
+            "num_hidden_layers": 40,
+            "num_attention_heads": 40,
+            "num_key_value_heads": 40,
+        }
+        return cls._preset(text, 32000, dtype)
+
+    @classmethod
+    def llava_1_6_mistral_7b(cls, *, dtype: str = "float32") -> "LlavaNextConfig":
+        """LLaVA-NeXT with Mistral-7B-Instruct-v0.2."""
+        text = {
+            "intermediate_size": 14336,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 32768,
+            "rope_theta": 1e6,
+        }
+        return cls._preset(text, 32000, dtype)
+
+    @classmethod
+    def llava_1_6_34b(cls, *, dtype: str = "float32") -> "LlavaNextConfig":
+        """LLaVA-NeXT with Nous-Hermes-2-Yi-34B."""
+        text = {
+            "vocab_size": 64064,
+            "hidden_size": 7168,
+            "intermediate_size": 20480,
+            "num_hidden_layers": 60,
+            "num_attention_heads": 56,
+            "num_key_value_heads": 8,
+            "rope_theta": 5e6,
+        }
+        return cls._preset(text, 64000, dtype)
+
+    @classmethod
+    def llava_next_llama3_8b(cls, *, dtype: str = "float32") -> "LlavaNextConfig":
+        """LLaVA-NeXT with Llama-3-8B-Instruct."""
+        text = {
+            "vocab_size": 128320,
+            "intermediate_size": 14336,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 8192,
+            "rope_theta": 5e5,
+        }
+        return cls._preset(text, 128256, dtype)
+
+    @classmethod
+    def _preset(cls, text: dict[str, Any], image_token: int, dtype: str) -> "LlavaNextConfig":
+        return cls(
+            vision_config=ClipVisionConfig(dtype=dtype),
+            text_config=LlamaConfig(**text, dtype=dtype),
+            image_token_index=image_token,
+        )
+
+    @classmethod
+    def from_hf(cls, fields: Mapping[str, Any], *, dtype: str = "float32") -> "LlavaNextConfig":
+        """From the dict of a `transformers` `LlavaNextConfig`; absent fields have its defaults.
+
+        Raises:
+            UserError: for a field, value or sub-model that this port does not handle.
+        """
+        points = fields.get("image_grid_pinpoints")
+        points = _DEFAULT_PINPOINTS if points is None else pinpoints(points)
+        # A note of releases before 4.45 about the projector's place.
+        rest = {
+            name: value for name, value in fields.items() if name != "use_image_newline_parameter"
+        }
+        return cls(**cls._read(rest, dtype=dtype), image_grid_pinpoints=points)
+
+    def to_hf(self) -> dict[str, Any]:
+        """The dict that `LlavaNextConfig` of transformers 4 and 5 reads back."""
+        return {
+            **super().to_hf(),
+            "architectures": ["LlavaNextForConditionalGeneration"],
+            "model_type": "llava_next",
+            "image_seq_length": self.vision_config.num_patches,
+            "image_grid_pinpoints": [list(point) for point in self.image_grid_pinpoints],
+        }
+
+
+def pinpoints(points: Any) -> Pinpoints:
+    """The tilings of a config.json, pairs as they stand there.
+
+    Raises:
+        UserError: for anything but a list of pairs.
+    """
+    pairs = isinstance(points, list) and all(
+        isinstance(point, list | tuple) and len(point) == 2 and all(type(n) is int for n in point)
+        for point in points
+    )
+    if not pairs or not points:
+        raise UserError(
+            f"{_WHERE} has image_grid_pinpoints={points!r}; expected a list of [height, width]."
+        )
+    return tuple((point[0], point[1]) for point in points)
+
+
+# ---- how an image is cut
+
+
+def best_resolution(
+    height: int, width: int, pinpoints: Sequence[tuple[int, int]]
+) -> tuple[int, int]:
+    """The tiling that shows most of an image's pixels, and wastes least among such.
+
+    Raises:
+        UserError: for an image so thin that every tiling would scale it to nothing.
+    """
+
+    def shown_and_waste(point: tuple[int, int]) -> tuple[int, int]:
+        scale = min(point[1] / width, point[0] / height)
+        shown = min(int(width * scale) * int(height * scale), width * height)
+        return shown, shown - point[0] * point[1]
+
+    best = max(pinpoints, key=shown_and_waste)  # the first of equals
+    if not shown_and_waste(best)[0]:
+        raise UserError(
+            f"An image of {width} x {height} pixels is too thin: scaled into any of the tilings "
+            "it has no pixel left. Crop it."
+        )
+    return best
+
+
+@functools.lru_cache(maxsize=1024)
+def anyres(height: int, width: int, pinpoints: Pinpoints, side: int, grid: int) -> Tiling:
+    """The whole image as one tile, then the tiles of a map of it, cut to its aspect ratio.
+
+    Args:
+        height, width: the image's pixels.
+        pinpoints: (height, width) of the tilings to choose from.
+        side: pixels along a side of a tile.
+        grid: patches along a side of a tile.
+
+    Returns:
+        The patches of the whole image, and of every row of the map that is not padding,
+        with a newline behind each.
+    """
+    tall, wide = (n // side for n in best_resolution(height, width, pinpoints))
+    row, column = np.mgrid[: tall * grid, : wide * grid]
+    tile = 1 + row // grid * wide + column // grid
+    patch = tile * grid**2 + row % grid * grid + column % grid
+    patch = patch[unpadded(height, width, *patch.shape)]
+    rows = len(patch)
+    lines = np.concatenate([patch, np.full((rows, 1), NEWLINE)], axis=1)
+    row = np.broadcast_to(1 + np.arange(rows)[:, None], lines.shape)
+    whole = np.arange(grid**2)
+    return Tiling(
+        tiles=1 + tall * wide,
+        slots=np.concatenate([whole, lines.ravel()]).astype(np.int32),
+        rows=np.concatenate([np.zeros_like(whole), row.ravel()]).astype(np.int32),
+    )
+
+
+def unpadded(height: int, width: int, rows: int, columns: int) -> tuple[slice, slice]:
+    """The part of a map of `rows` x `columns` that an image fills, as transformers rounds it.
+
+    It takes off the same on both sides, so an odd rest of the padding stays.
+    """
+    if width / height > columns / rows:
+        filled = int(round(height * (columns / width), 7))
+        margin = (rows - filled) // 2
+        return slice(margin, rows - margin), slice(None)
+    filled = int(round(width * (rows / height), 7))
+    margin = (columns - filled) // 2
+    return slice(None), slice(margin, columns - margin)

@@ -1,0 +1,53 @@
+"""Vision-side methods on made-up tiles."""
+
+import numpy as np
+
+from jaxprune import stages
+from jaxprune.ops.tiles import one_tile, pack_tilings, patches_of
+from jaxprune.ops.visual import VisionOutput
+
+
+class Config:
+    """As much of a model's config as the stages of selection read."""
+
+    keep_cls = False
+
+    def __hash__(self):
+        return 0
+
+    def __eq__(self, other):
+        return isinstance(other, Config)
+
+
+def packing_of(tilings, **sizes):
+    """The tilings of a batch, padded no more than `sizes` say."""
+    fields = {
+        "images": len(tilings),
+        "tiles": sum(tiling.tiles for tiling in tilings),
+        "image_tiles": max(tiling.tiles for tiling in tilings),
+        "slots": max(tiling.num_tokens for tiling in tilings),
+    }
+    return pack_tilings(tilings, **{**fields, **sizes})
+
+
+def select(method, features, signals, *, tilings=None, capacity=None, **sizes):
+    """A method's selection from tiles `[F, N, C]`, in as few slots as hold it."""
+    N = features.shape[1]
+    packing = packing_of(tilings or [one_tile(N)] * len(features), **sizes)
+    vision = VisionOutput(features, signals)
+    counts, kept = stages.count(vision, packing, config=Config(), method=method)
+    return stages.select(
+        vision,
+        packing,
+        config=Config(),
+        method=method,
+        tile_capacity=max(1, int(kept.max())),
+        capacity=capacity or int(counts.max()),
+    )
+
+
+def chosen_of(method, signals, number):
+    """bool `[N]`: what a method keeps of one image of one tile."""
+    packing = packing_of([one_tile(number)])
+    found = method.choose(patches_of(signals, packing, number))
+    return np.asarray(found.kept)[0, 0]

@@ -1,0 +1,202 @@
+"""LLaVA-NeXT against `transformers`, float32: tiles, packing, logits, answers."""
+
+import chex
+import numpy as np
+import pytest
+from PIL import Image
+
+torch = pytest.importorskip("torch")
+import transformers  # noqa: E402
+
+import jaxprune  # noqa: E402
+from jaxprune.checkpoints_convert.keys import canonical_key  # noqa: E402
+from jaxprune.checkpoints_convert.plan import flat_shapes, stored_shape  # noqa: E402
+from jaxprune.checkpoints_convert.tables import path_of  # noqa: E402
+from jaxprune.models.llava_next import LlavaNextConfig  # noqa: E402
+from jaxprune.processing import pixel_values  # noqa: E402
+from tests.builders import start  # noqa: E402
+from tests.oracle import builders  # noqa: E402
+
+DECODERS = {
+    "multi-head": {},
+    "grouped-query": {"num_key_value_heads": 2},
+    "mistral": {"model_type": "mistral", "num_key_value_heads": 2, "sliding_window": None},
+}
+SIZES = {  # width, height
+    "square": (64, 64),
+    "small square": (40, 40),
+    "3:1": (150, 50),
+    "1:3": (50, 150),
+    "tiny": (3, 5),
+    "huge": (900, 700),
+    "1:40": (20, 800),
+    "40:1": (800, 20),
+    "one pixel wide": (1, 60),
+    "one pixel": (1, 1),
+}
+
+
+def picture(rng, width, height):
+    return Image.fromarray(rng.integers(0, 256, size=(height, width, 3)).astype(np.uint8))
+
+
+@pytest.fixture(scope="module", params=DECODERS, ids=list(DECODERS))
+def pair(request, tmp_path_factory):
+    """A PyTorch model, its processor, and the same weights here."""
+    model = builders.torch_llava_next(text=DECODERS[request.param])
+    directory = builders.save(model, tmp_path_factory.mktemp("next"))
+    processor = transformers.AutoProcessor.from_pretrained(directory)
+    return model, processor, jaxprune.load(directory, dtype="float32")
+
+
+def inputs_of(processor, images, question):
+    parts = [{"type": "image"}] * len(images) + [{"type": "text", "text": question}]
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": parts}], add_generation_prompt=True
+    )
+    return processor(images=images, text=text, return_tensors="pt")
+
+
+def check(pair, images, question, new=8):
+    model, processor, ours = pair
+    inputs = inputs_of(processor, images, question)
+    with torch.no_grad():
+        logits = model(**inputs).logits[0, -1].numpy()
+        ids = model.generate(
+            **inputs, max_new_tokens=new, min_new_tokens=new, do_sample=False, eos_token_id=None
+        )
+    run = start(ours, [images], [question], max_new_tokens=new)
+    assert run.answers()[0].prompt_tokens == inputs.input_ids.shape[1]
+    chex.assert_trees_all_close(np.asarray(run.first_logits[0]), logits, atol=1e-4)
+    answer = jaxprune.generate(ours, [images], [question], max_new_tokens=new, return_details=True)[
+        0
+    ]
+    expected = ids[0, inputs.input_ids.shape[1] :].tolist()
+    stop = expected.index(2) if 2 in expected else new
+    assert answer.token_ids == expected[:stop]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_logits_and_answers(pair, rng, size):
+    check(pair, [picture(rng, *SIZES[size])], "What is it?")
+
+
+def test_two_images_of_different_tilings_in_a_prompt(pair, rng):
+    check(pair, [picture(rng, 70, 50), picture(rng, 20, 90)], "Which is larger?")
+
+
+def test_pixels_and_lengths_of_many_sizes(rng, tmp_path):
+    model = builders.torch_llava_next()
+    directory = builders.save(model, tmp_path / "m")
+    processor = transformers.AutoProcessor.from_pretrained(directory)
+    ours = jaxprune.load(directory)
+    for _ in range(200):
+        width, height = np.exp(rng.uniform(0, np.log(600), size=2)).astype(int)
+        if max(width, height) > 40 * min(width, height):
+            continue
+        image = picture(rng, width, height)
+        made = processor.image_processor(images=image, return_tensors="np")
+        expected = made["pixel_values"][0].transpose(0, 2, 3, 1)
+        found = pixel_values(ours.processor, [image], ours.config)
+        assert np.array_equal(found, expected), (width, height)
+        with torch.no_grad():
+            features = model.model.get_image_features(
+                torch.from_numpy(made["pixel_values"]), torch.tensor(made["image_sizes"])
+            ).pooler_output
+        assert ours.config.tiling(height, width).num_tokens == len(features[0]), (width, height)
+
+
+def hub_config(decoder, image_token, **text):
+    """What the config.json of a published model holds."""
+    return transformers.LlavaNextConfig(
+        text_config=decoder(**text), image_token_index=image_token, vocab_size=text["vocab_size"]
+    )
+
+
+LLAMA, MISTRAL = transformers.LlamaConfig, transformers.MistralConfig
+VICUNA = {"vocab_size": 32064, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
+PUBLISHED = {
+    "llava_1_6_vicuna_7b": (LLAMA, 32000, VICUNA),
+    "llava_1_6_vicuna_13b": (
+        LLAMA,
+        32000,
+        {
+            **VICUNA,
+            "hidden_size": 5120,
+            "intermediate_size": 13824,
+            "num_hidden_layers": 40,
+            "num_attention_heads": 40,
+            "num_key_value_heads": 40,
+        },
+    ),
+    "llava_1_6_mistral_7b": (
+        MISTRAL,
+        32000,
+        {
+            "vocab_size": 32064,
+            "max_position_embeddings": 32768,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1e6,
+            "sliding_window": None,
+        },
+    ),
+    "llava_1_6_34b": (
+        LLAMA,
+        64000,
+        {
+            "vocab_size": 64064,
+            "hidden_size": 7168,
+            "intermediate_size": 20480,
+            "max_position_embeddings": 4096,
+            "num_attention_heads": 56,
+            "num_hidden_layers": 60,
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 5e6,
+        },
+    ),
+    "llava_next_llama3_8b": (
+        LLAMA,
+        128256,
+        {
+            "vocab_size": 128320,
+            "intermediate_size": 14336,
+            "max_position_embeddings": 8192,
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 5e5,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sizes(name):
+    decoder, image_token, text = PUBLISHED[name]
+    theirs = hub_config(decoder, image_token, **text)
+    config = getattr(LlavaNextConfig, name)()
+    assert LlavaNextConfig.from_hf(theirs.to_dict()) == config
+    with torch.device("meta"):
+        model = transformers.LlavaNextForConditionalGeneration(theirs)
+    expected = flat_shapes(config)
+    mapped = {}
+    for key, tensor in model.state_dict().items():
+        path, transform = path_of("llava_next", canonical_key(key))
+        assert path not in mapped, f"{key} and {mapped[path]}"
+        mapped[path] = key
+        assert stored_shape(transform, expected[path].shape) == tuple(tensor.shape), key
+    assert set(mapped) == set(expected)
+
+
+def test_export_loads_in_transformers(pair, rng, tmp_path):
+    model, processor, ours = pair
+    jaxprune.export(ours, tmp_path / "back")
+    back = transformers.LlavaNextForConditionalGeneration.from_pretrained(tmp_path / "back").eval()
+    image = picture(rng, 90, 60)
+    inputs = inputs_of(processor, [image], "What?")
+    with torch.no_grad():
+        chex.assert_trees_all_close(
+            back(**inputs).logits.numpy(), model(**inputs).logits.numpy(), atol=1e-5
+        )
+    again = transformers.AutoProcessor.from_pretrained(tmp_path / "back")
+    assert type(again).__name__ == "LlavaNextProcessor"
