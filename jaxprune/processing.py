@@ -31,9 +31,14 @@ VICUNA_SYSTEM = (
 
 # What LLaVA-NeXT with Mistral was trained on: instructions in brackets, no system prompt.
 MISTRAL_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}"
-    "{% if message['role'] == 'assistant' %}{{ ' ' + message['content'] + eos_token }}"
-    "{% else %}{{ '[INST] ' + message['content'] + ' [/INST]' }}{% endif %}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}{{ ' ' }}{% else %}{{ '[INST] ' }}{% endif %}"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}"
+    rf"{{% if part['type'] == 'image' %}}{{{{ '{IMAGE_PLACEHOLDER}\n' }}}}"
+    "{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% else %}{{ ' [/INST]' }}{% endif %}"
     "{% endfor %}"
 )
 

@@ -16,7 +16,7 @@ from jaxprune.checkpoints_convert.tables import key_of
 from jaxprune.models import llava, llava_next
 from jaxprune.models.clip import ClipVisionConfig
 from jaxprune.models.llama import LlamaConfig
-from jaxprune.models.registry import family
+from jaxprune.models.registry import family, family_name
 from jaxprune.processing import processor_files
 from jaxprune.run import Run
 
@@ -114,13 +114,27 @@ def llama_tokenizer(prefix="first"):
     return tokenizer
 
 
+# What the original format says of LLaVA-NeXT; its tilings are (width, height).
+ORIGINAL_NEXT = {
+    "image_aspect_ratio": "anyres",
+    "mm_patch_merge_type": "spatial_unpad",
+    "image_grid_pinpoints": [[32, 64], [64, 32], [64, 64], [96, 32], [32, 96]],
+    "image_crop_resolution": 224,
+    "image_split_resolution": 224,
+}
+
+
 def write_original(directory, tower, *, prefix="first", seed=0, text=None, **fields):
     """A LLaVA in the original format, its vision tower in the directory `tower`."""
     tokenizer = llama_tokenizer(prefix)
-    config = tiny_config(text={"vocab_size": tokenizer.get_vocab_size(), **(text or {})})
+    text = {"vocab_size": tokenizer.get_vocab_size(), **(text or {})}
+    anyres = fields.get("image_aspect_ratio") == "anyres"
+    config = tiny_next_config(text=text) if anyres else tiny_config(text=text)
     weights: dict = {directory: {}, tower: {}}
     for path, array in flatten(random_params(config, seed)).items():
-        key, transform = key_of("llava", path)
+        key, transform = key_of(family_name(config), path)
+        if key == "image_newline":
+            key = "model.image_newline"
         place = tower if key.startswith("vision_tower.") else directory
         key = key.removeprefix("vision_tower.").removeprefix("language_model.")
         key = key.replace("multi_modal_projector.linear_1", "model.mm_projector.0")

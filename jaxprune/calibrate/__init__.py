@@ -161,7 +161,7 @@ def calibrate(
     identity = {
         "settings": dataclasses.asdict(chosen),
         "model": fingerprint(params.config),
-        "weights": _digest(*map(_some_of, jax.tree.leaves(params.arrays))),
+        "weights": _digest(*map(np.asarray, jax.tree.leaves(_some_of(params.arrays)))),
         "samples": _digest(
             *(x[: b.rows] for b in data.batches for x in (np.asarray(b.visual.tokens), b.answers)),
             *(x for b in data.batches for x in (b.layout.token_ids, b.layout.kind)),
@@ -202,10 +202,16 @@ def calibrate(
     )
 
 
-def _some_of(weights: jax.Array) -> np.ndarray:
-    """A few thousand numbers of an array, from all over it."""
-    steps = (max(1, size // 32) for size in weights.shape)
-    return np.asarray(weights[tuple(slice(None, None, step) for step in steps)], np.float32)
+@jax.jit
+def _some_of(params: dict[str, Any]) -> dict[str, Any]:
+    """A few thousand numbers of every parameter, from all over it."""
+
+    def some(x: jax.Array) -> jax.Array:
+        steps = (max(1, size // 32) for size in x.shape)
+        return x[tuple(slice(None, None, step) for step in steps)].astype(jnp.float32)
+
+    found: dict[str, Any] = jax.tree.map(some, params)
+    return found
 
 
 def _digest(*arrays: np.ndarray) -> str:

@@ -9,11 +9,13 @@ torch = pytest.importorskip("torch")
 import transformers  # noqa: E402
 
 import jaxprune  # noqa: E402
+import tests.builders  # noqa: E402
+from jaxprune import checkpoints_convert  # noqa: E402
 from jaxprune.checkpoints_convert.keys import canonical_key  # noqa: E402
 from jaxprune.checkpoints_convert.plan import flat_shapes, stored_shape  # noqa: E402
 from jaxprune.checkpoints_convert.tables import path_of  # noqa: E402
 from jaxprune.models.llava_next import LlavaNextConfig  # noqa: E402
-from jaxprune.processing import pixel_values  # noqa: E402
+from jaxprune.processing import as_messages, pixel_values, render  # noqa: E402
 from tests.builders import start  # noqa: E402
 from tests.oracle import builders  # noqa: E402
 
@@ -200,3 +202,52 @@ def test_export_loads_in_transformers(pair, rng, tmp_path):
         )
     again = transformers.AutoProcessor.from_pretrained(tmp_path / "back")
     assert type(again).__name__ == "LlavaNextProcessor"
+
+
+@pytest.mark.parametrize("kind", ["llava_llama", "llava_mistral"])
+@pytest.mark.parametrize("size", [(60, 60), (150, 50), (40, 70)])
+def test_an_original_checkpoint_answers_in_transformers(kind, size, tmp_path, rng):
+    old, tower = tests.builders.write_original(
+        tmp_path / "old",
+        tmp_path / "tower",
+        model_type=kind,
+        text={"max_position_embeddings": 512},
+        **({"sliding_window": None} if kind == "llava_mistral" else {}),
+        **tests.builders.ORIGINAL_NEXT,
+    )
+    params = jaxprune.load(old, vision_tower=tower)
+    # Equally good tilings: the original's first is the tall one, given as (width, height).
+    assert params.config.image_grid_pinpoints[:2] == ((64, 32), (32, 64))
+    checkpoints_convert.convert(old, tmp_path / "new", vision_tower=tower)
+    model = transformers.LlavaNextForConditionalGeneration.from_pretrained(tmp_path / "new")
+    processor = transformers.AutoProcessor.from_pretrained(tmp_path / "new")
+    image, question = picture(rng, *size), "What is it?"
+    inputs = inputs_of(processor, [image], question)
+    with torch.no_grad():
+        logits = model.eval()(**inputs).logits[0, -1].numpy()
+        ids = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    run = start(params, image, question)
+    assert run.answers()[0].prompt_tokens == inputs.input_ids.shape[1]
+    found = np.asarray(run.first_logits[0])
+    chex.assert_trees_all_close(found, logits[: len(found)], atol=1e-4)
+    details = jaxprune.generate(params, image, question, max_new_tokens=8, return_details=True)
+    new = ids[0, inputs.input_ids.shape[1] :].tolist()
+    assert details.token_ids == [token for token in new if token != 2]
+    named = "[INST]" if kind == "llava_mistral" else "ASSISTANT:"
+    assert named in render(params.processor, as_messages(question, 1))
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"mm_patch_merge_type": "flat"}, "spatial_unpad"),
+        ({"image_grid_pinpoints": "(1x1),(2x2)"}, "list of"),
+        ({"image_grid_pinpoints": [[33, 64]]}, "multiples"),
+    ],
+)
+def test_other_original_tilings_are_refused(fields, message, tmp_path):
+    old, tower = tests.builders.write_original(
+        tmp_path / "old", tmp_path / "tower", **{**tests.builders.ORIGINAL_NEXT, **fields}
+    )
+    with pytest.raises(jaxprune.UserError, match=message):
+        jaxprune.load(old, vision_tower=tower)
