@@ -8,6 +8,7 @@ machine treats them alike; ratios are of medians.
 
     promised   FLOPs of the executed, rounded-up lengths, and of the exact counts beside it
     measured   time of the unpruned prefill over that of the schedule
+    memory     what XLA allocates for the prefill beside the weights, caches included
     decode     time of a step, unpruned over pruned; promised by the bytes of weights and cache
 """
 
@@ -25,7 +26,18 @@ from rich.console import Console
 from rich.progress import track
 
 from jaxprune.accounting import cache_bytes, executed, prompt_cost
-from jaxprune.methods import VTW, Depth, FastV, FitPrune, GSearch, Plan, PSigmoid, PyramidDrop
+from jaxprune.methods import (
+    VTW,
+    DecoderMethod,
+    Depth,
+    FastV,
+    FitPrune,
+    GSearch,
+    Plan,
+    PruMergePlus,
+    PSigmoid,
+    PyramidDrop,
+)
 from jaxprune.models.llama import LlamaConfig, LlamaDecoder, Tokens
 from jaxprune.models.llava import LlavaConfig
 from jaxprune.ops.schedule import CONTEXT, LAST, NO_CUTS, QUESTION, VISUAL
@@ -53,6 +65,7 @@ def methods() -> dict[str, Any]:
         published[f"fitprune {save:g}"] = FitPrune(deletions=deletions, num_tokens=576)
     return {
         "none": None,
+        "prumerge_plus, 25 %": PruMergePlus(keep=144),  # of 576: fewer tokens enter
         **published,
         "gsearch": GSearch(keep_rates=squeezed(list(GSearch().rates(depth)))),
         "psigmoid 0.3": PSigmoid(keep_rate=0.3, k=0.8),
@@ -77,7 +90,9 @@ def median(times: list[float]) -> float:
     return float(np.median(times))
 
 
-def measure(visual: int, rounds: int, width: int, mlp: int, distinct: int | None) -> list[dict]:
+def measure(
+    visual: int, rounds: int, width: int, mlp: int, distinct: int | None, only: list[str]
+) -> list[dict]:
     text = LlamaConfig(
         vocab_size=32000,
         hidden_size=width,
@@ -92,7 +107,6 @@ def measure(visual: int, rounds: int, width: int, mlp: int, distinct: int | None
     decoder = LlamaDecoder(text)
     init = jax.jit(lambda key: decoder.init(key, jnp.zeros((1, 1), jnp.int32))["params"])
     params = init(jax.random.key(0))
-    tokens = prompt(decoder, params, visual)
     depth, room = Depth("llava", L), Lengths(TEXT, visual)
 
     @functools.partial(jax.jit, static_argnames="schedule")
@@ -110,17 +124,24 @@ def measure(visual: int, rounds: int, width: int, mlp: int, distinct: int | None
         return logits, caches
 
     runs = {}
-    for name, method in track(methods().items(), f"Compiling, {visual}", console=console):
-        schedule, counts = NO_CUTS, None
-        if method is not None:
+    chosen = {n: m for n, m in methods().items() if n == "none" or not only or n in only}
+    for name, method in track(chosen.items(), f"Compiling, {visual}", console=console):
+        schedule, counts, entering = NO_CUTS, None, visual
+        if isinstance(method, PruMergePlus):
+            entering = visual * 144 // 576 + 1  # the merged token
+        tokens = prompt(decoder, params, entering)
+        if isinstance(method, DecoderMethod):
             schedule = gather_schedule(method, depth, room, distinct=distinct)
             counts = candidates_left(method, depth, np.asarray(tokens.kind), np.array([visual]))
-        run = functools.partial(prefill, params, tokens, counts, schedule=schedule)
+        compiled = prefill.lower(params, tokens, counts, schedule=schedule).compile()
+        run = functools.partial(compiled, params, tokens, counts)
+        sizes = compiled.memory_analysis()
         caches = jax.block_until_ready(run())[1]
         position = jnp.array([visual + TEXT])
         caches = jax.block_until_ready(decode(params, position, caches, np.int32(0)))[1]
         runs[name] = {"method": method, "schedule": schedule, "run": run, "caches": caches}
-        runs[name] |= {"prefill": [], "decode": []}
+        runs[name] |= {"prefill": [], "decode": [], "entering": entering}
+        runs[name]["memory"] = sizes.temp_size_in_bytes + sizes.output_size_in_bytes
 
     for _round in track(range(rounds), f"Measuring, {visual}", console=console):
         for one in runs.values():
@@ -139,13 +160,17 @@ def measure(visual: int, rounds: int, width: int, mlp: int, distinct: int | None
     base = runs["none"]
     rows = []
     for name, one in runs.items():
-        found = executed(config, visual + TEXT, one["schedule"], new_slots=NEW)
+        entering = one["entering"]
+        found = executed(config, entering + TEXT, one["schedule"], new_slots=NEW)
+        whole = executed(config, visual + TEXT, NO_CUTS, new_slots=NEW)
+        inside = isinstance(one["method"], DecoderMethod)
         exact = prompt_cost(
             config,
-            Plan(decoder=one["method"]),
+            Plan(decoder=one["method"] if inside else None),
             text_tokens=TEXT,
-            unpruned_visual_tokens=visual,
+            unpruned_visual_tokens=entering,
         )
+        unpruned = prompt_cost(config, Plan(), text_tokens=TEXT, unpruned_visual_tokens=visual)
         full = L * cache_bytes(text, visual + TEXT + NEW)
         rows.append(
             {
@@ -153,8 +178,9 @@ def measure(visual: int, rounds: int, width: int, mlp: int, distinct: int | None
                 "visual_tokens": visual,
                 "prefill_seconds": median(one["prefill"]),
                 "prefill_speedup": median(base["prefill"]) / median(one["prefill"]),
-                "promised_by_executed_flops": found["unpruned_macs"] / found["macs"],
-                "promised_by_exact_flops": exact.unpruned.macs / exact.macs,
+                "promised_by_executed_flops": whole["macs"] / found["macs"],
+                "promised_by_exact_flops": unpruned.macs / exact.macs,
+                "prefill_bytes": one["memory"],
                 "decode_seconds": median(one["decode"]),
                 "decode_speedup": median(base["decode"]) / median(one["decode"]),
                 "promised_by_bytes": (weights + full) / (weights + found["cache_bytes"]),
@@ -170,23 +196,26 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--mlp", type=int, default=2816)
     parser.add_argument("--exact", action="store_true", help="as many lengths as there are")
+    parser.add_argument("--only", nargs="*", default=[], help="these methods, by their labels")
     parser.add_argument("--json", type=pathlib.Path, help="write the numbers here too")
     args = parser.parse_args()
     rows = []
     for visual in args.visual_tokens:
         rounds = max(3, args.rounds * 576 // visual)
-        rows += measure(visual, rounds, args.width, args.mlp, None if args.exact else 8)
+        distinct = None if args.exact else 8
+        rows += measure(visual, rounds, args.width, args.mlp, distinct, args.only)
     print(
         "| visual tokens | method | prefill, ms | speed-up | promised, executed | of it | "
-        "promised, exact | decode, ms | speed-up | promised, bytes |"
+        "promised, exact | memory, MB | decode, ms | speed-up | promised, bytes |"
     )
-    print("|---:|---|" + "---:|" * 8)
+    print("|---:|---|" + "---:|" * 9)
     for r in rows:
         share = r["prefill_speedup"] / r["promised_by_executed_flops"]
         print(
             f"| {r['visual_tokens']} | {r['method']} | {1e3 * r['prefill_seconds']:.0f} | "
             f"{r['prefill_speedup']:.2f} | {r['promised_by_executed_flops']:.2f} | {share:.2f} | "
-            f"{r['promised_by_exact_flops']:.2f} | {1e3 * r['decode_seconds']:.1f} | "
+            f"{r['promised_by_exact_flops']:.2f} | {r['prefill_bytes'] / 1e6:.0f} | "
+            f"{1e3 * r['decode_seconds']:.1f} | "
             f"{r['decode_speedup']:.2f} | {r['promised_by_bytes']:.2f} |"
         )
     if args.json:

@@ -117,6 +117,9 @@ def test_calibrate_show_and_use(tmp_path):
         (["calibrate", "--method", "gsearch", "--out", "no/x.json"], "is no directory"),
         (["cost", "--method", "fitprune", "--save", "0.6"], "make one with `jaxprune calibrate`"),
         (["cost", "--method", "prumerge,uniform", "--keep", "3"], "are vision-side"),
+        (["cost", "--visual-tokens", "99999999999999999999"], "from 0 to 1,000,000"),
+        (["cost", "--image-size", "big"], "expected pixels"),
+        (["cost", "--method", "fastv", "--option", "prompt=1"], "prompt is none"),
     ],
 )
 def test_decoder_side_mistakes(arguments, message, tmp_path):

@@ -203,6 +203,24 @@ def test_random_takes_the_seed(tiny_model):
         for seed in (0, 1)
     ]  # fmt: skip
     assert kept[0] != kept[1]
+    same = jaxprune.generate(
+        tiny_model, picture(0), "What?", method="random", keep=5, seed=np.int64(1),
+        return_details=True, max_new_tokens=1,
+    ).kept_indices[0].tolist()  # fmt: skip
+    assert same == kept[1]
+    with pytest.raises(jaxprune.UserError, match="several seeds"):
+        jaxprune.generate(
+            tiny_model, [picture(0)] * 2, ["a", "b"], method="random", keep=5, seed=[1, 2]
+        )
+
+
+def test_an_image_twice_in_a_prompt_is_two(tiny_model):
+    image = picture(0)
+    answer = jaxprune.generate(
+        tiny_model, [[image, image]], ["<image><image> hm?"], method="fastv", layer=1,
+        return_details=True, max_new_tokens=1,
+    )[0]  # fmt: skip
+    assert sum(len(kept) for kept in answer.kept_by_layer[0]) == 16
 
 
 def test_text_alone(tiny_model):

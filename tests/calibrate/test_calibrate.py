@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 import jaxprune
+from jaxprune import scenes
 from jaxprune.accounting import layer_macs
 from jaxprune.calibrate import Sample, calibrate, encode_samples, evaluate, score
 from jaxprune.models import llava
 from jaxprune.ops.schedule import LAST, QUESTION, VISUAL
+from tests import builders
 from tests.builders import start, tiny_config, write_directory
 from tests.methods.plain_decoder import PlainDecoder
 from tests.test_generate import picture
@@ -273,3 +275,64 @@ def test_data_files(model, tmp_path):
     assert calibrate(model, path, method="fitprune", save=0.3).calibration["samples"] == 1
     with pytest.raises(jaxprune.UserError, match="Sample 1 has no answer"):
         calibrate(model, path, method="psigmoid", keep_rate=0.7)
+
+
+def test_progress_of_other_answers_is_refused(model, samples, tmp_path, monkeypatch):
+    progress = tmp_path / "p.json"
+    settings = {"method": "gsearch", "metric": "logprob", "progress_file": progress}
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    search = importlib.import_module("jaxprune.calibrate.search")
+    with monkeypatch.context() as patch:
+        patch.setattr(search, "mean_rate", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            calibrate(model, samples, **settings)
+    assert progress.exists()
+    other = [dataclasses.replace(sample, answer="purple, I think") for sample in samples]
+    with pytest.raises(jaxprune.UserError, match="other settings, samples or model"):
+        calibrate(model, other, **settings)
+    asked = [dataclasses.replace(sample, question="Why is it so?") for sample in samples]
+    with pytest.raises(jaxprune.UserError, match="other settings, samples or model"):
+        calibrate(model, asked, **settings)
+
+
+def test_a_target_out_of_reach_leaves_no_file(model, samples, tmp_path):
+    progress = tmp_path / "p.json"
+    with pytest.raises(jaxprune.UserError, match="Ask for less"):
+        calibrate(model, samples, method="fitprune", save=0.99, progress_file=progress)
+    assert not list(tmp_path.iterdir())
+    calibrate(model, samples, method="fitprune", save=0.3, progress_file=progress)
+
+
+def test_lines_end_at_line_feeds_alone(tmp_path):
+    image = tmp_path / "a.png"
+    scenes.draw(scenes.sample("calibration", 0, 0)[0]).save(image)
+    line = json.dumps(
+        {"image": "a.png", "question": "a\u2028b?", "answer": "c"}, ensure_ascii=False
+    )
+    (tmp_path / "d.jsonl").write_text(line + "\n", encoding="utf-8")
+    found = importlib.import_module("jaxprune.calibrate.data").read_samples(tmp_path / "d.jsonl")
+    assert [sample.question for sample in found] == ["a\u2028b?"]
+
+
+def test_an_answer_is_split_as_behind_its_prompt(tmp_path):
+    """A tokenizer that puts a space in front of every text would give it a second one."""
+    from tokenizers import normalizers
+
+    from jaxprune.processing import load_processor
+    from jaxprune.request import make_request
+
+    tokenizer = builders.llama_tokenizer()
+    tokenizer.pre_tokenizer = None
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    directory, _ = builders.write_original(tmp_path / "m", tmp_path / "t")
+    tokenizer.save(str(directory / "tokenizer.json"))
+    processor = load_processor(directory, original=builders.tiny_config())
+    image = scenes.draw(scenes.sample("calibration", 0, 0)[0])
+    row = make_request(processor, image, "What?", chat=True, answer="What").rows[0]
+    pieces = processor.tokenizer.convert_ids_to_tokens(row.answer)
+    assert pieces == ["\u2581What", "</s>"]

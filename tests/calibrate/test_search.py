@@ -90,3 +90,15 @@ def test_tail_exponent_is_the_smallest_that_reaches_the_target():
     assert search.tail_exponent(share, 0.001) == (0.01, share(0.01))
     with pytest.raises(jaxprune.UserError, match=r"No c keeps 0.9 .*the most is 0.5000"):
         search.tail_exponent(lambda c: 0.5, 0.9)
+
+
+def test_a_tolerance_is_not_missed_by_rounding():
+    """One wrong answer more of 200 is a tolerance of .005, whatever the floats say."""
+    for right in range(1, 201):
+        rates = search.greedy_search(
+            lambda r, right=right: (right if r[-1] == 1 else right - 1) / 200,
+            num_hidden_layers=3,
+            first_pruned_layer=2,
+            tolerance=0.005,
+        )
+        assert rates[-1] < 1, right

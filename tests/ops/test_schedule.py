@@ -19,11 +19,14 @@ from jaxprune.ops.schedule import (
     BETWEEN_LAYERS,
     CONTEXT,
     LAST,
+    LAST_VISUAL,
     QUESTION,
     VISUAL,
     Schedule,
     Score,
+    candidates,
     keep_best,
+    query_weights,
 )
 
 SCORES = {
@@ -206,3 +209,11 @@ def test_no_attention_matrix_in_the_program(name, lengths):
     schedule = Schedule(layers=(0, 1, 2), score=SCORES[name], lengths=lengths, query_slots=64)
     lowered = run.lower(tokens, schedule, shape((3, 1), jnp.int32))
     assert not re.search(r"(3000x3000|2000x2000|1000x1000)xf", lowered.as_text())
+
+
+def test_a_visual_token_that_is_the_last_asks_as_both():
+    kind = jnp.array([[CONTEXT, VISUAL, VISUAL, LAST_VISUAL]])
+    tokens = Tokens(jnp.zeros((1, 4, 2)), jnp.arange(4)[None], jnp.ones((1, 4), bool), kind)
+    asks = {name: query_weights(name, tokens)[0].tolist() for name in ("visual", "text", "last")}
+    assert asks == {"visual": [0, 1, 1, 1], "text": [0, 0, 0, 1], "last": [0, 0, 0, 1]}
+    assert candidates(tokens, prune_text=True)[0].tolist() == [False, True, True, False]

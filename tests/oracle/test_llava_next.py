@@ -80,6 +80,9 @@ def check(pair, images, question, new=8):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_logits_and_answers(pair, rng, size):
+    common = ("square", "3:1", "1:3", "tiny", "huge")
+    if pair[2].config.text_config.num_key_value_heads == 2 and size not in common:
+        pytest.skip("the decoder makes no difference to how an image is cut")
     check(pair, [picture(rng, *SIZES[size])], "What is it?")
 
 
