@@ -6,6 +6,7 @@ ends with exit code 2 and no traceback.
 
 import dataclasses
 import json
+import os
 import pathlib
 import sys
 from typing import Annotated, Any
@@ -331,7 +332,12 @@ def calibrate(
         figure()
     params = jaxprune.load(model, dtype=dtype)
     progress = out.with_name(out.name + ".progress")
-    recipe = run(params, data, progress_file=progress, **settings)
+    try:
+        recipe = run(params, data, progress_file=progress, **settings)
+    except KeyboardInterrupt:
+        _stderr.print("Interrupted; the same command goes on where it was.")
+        sys.stderr.flush()
+        os._exit(130)  # taking down a runtime in the middle of a program may crash
     jaxprune.save_recipe(recipe, out)
     if plot is not None:
         plot_recipe(recipe, params.config, plot)

@@ -31,7 +31,7 @@ def read_json(path: pathlib.Path, *, repair: str = "download it again") -> dict[
         raise UserError(
             f"{path.parent} has no {path.name}; expected a Hugging Face model directory."
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not readable JSON ({error}); {repair}.") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}; expected a JSON object.")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -39,6 +40,13 @@ class Params:
 
     def __getitem__(self, name: str) -> Any:
         return self.arrays[name]
+
+    def keys(self) -> Iterable[str]:
+        """The names of its parts, so that `dict(params)` is the plain dict."""
+        return self.arrays.keys()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.arrays)
 
 
 def load(

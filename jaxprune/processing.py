@@ -16,6 +16,7 @@ from jaxprune.images import crop_strip
 from jaxprune.json_file import read_json
 
 IMAGE_PLACEHOLDER = "<image>"
+MOST_ENLARGED = 16  # sides of a tile that an image may be resized to before it is cropped
 Message = Mapping[str, Any]
 
 # Mean and deviation of the channels that CLIP was trained with.
@@ -78,6 +79,13 @@ def pixel_values(processor: Processor, images: Sequence[Image.Image], config: An
         UserError: when the processor's tiles are not what the vision tower takes.
     """
     size = config.vision_config.image_size
+    asked = getattr(processor.image_processor, "size", None) or {}
+    largest = max((n for n in dict(asked).values() if isinstance(n, int)), default=0)
+    if largest > MOST_ENLARGED * size:
+        raise UserError(
+            f"preprocessor_config.json resizes images to {largest} pixels, but the vision tower "
+            f"takes {size}; it is of another model."
+        )
     tiles: list[np.ndarray] = []
     for image in images:
         tiling = config.tiling(image.height, image.width)

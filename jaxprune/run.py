@@ -21,6 +21,7 @@ from jaxprune.checkpoints_convert.plan import flat_shapes, flatten
 from jaxprune.errors import UserError
 from jaxprune.loading import Params
 from jaxprune.methods import Plan, RandomPlaces, depth_of, resolve
+from jaxprune.models.registry import family_name
 from jaxprune.ops.schedule import NO_CUTS, Schedule
 from jaxprune.ops.tiles import pack_tilings
 from jaxprune.ops.visual import Selection
@@ -460,6 +461,7 @@ def _unpack(
     elif config is None or processor is None:
         raise UserError("Bare params need config= and processor=; jaxprune.load gives all three.")
     else:
+        family_name(config)  # refuses what is no config
         _check_arrays(params, config)
     if not isinstance(processor, Processor):
         raise UserError(f"processor is a {type(processor).__name__}; expected a Processor.")

@@ -136,7 +136,7 @@ def read_config(
         tower = existing_directory(vision_tower) if vision_tower else None
         return original_config(fields, dtype=dtype, vision_tower=tower)
     kind = fields.get("model_type")
-    if kind not in CONFIGS:
+    if not isinstance(kind, str) or kind not in CONFIGS:
         raise UserError(
             f"{directory} holds a model of type {kind!r}; supported: {', '.join(CONFIGS)}."
         )

@@ -32,6 +32,8 @@ from jaxprune.errors import UserError
 from jaxprune.methods.base import DecoderMethod, Depth, check_share
 from jaxprune.ops.schedule import AFTER_ATTENTION, Score
 
+MOST_TOKENS = 1_000_000
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FitPrune(DecoderMethod):
@@ -69,10 +71,15 @@ class FitPrune(DecoderMethod):
         listed = isinstance(self.deletions, tuple | list)
         whole = listed and all(type(t) is int and t >= 0 for t in self.deletions)
         number = self.num_tokens
-        if not whole or type(number) is not int or number < max(1, sum(self.deletions)):
+        if (
+            not whole
+            or type(number) is not int
+            or not max(1, sum(self.deletions)) <= number <= MOST_TOKENS
+        ):
             raise UserError(
                 f"deletions are {self.deletions!r} with num_tokens={self.num_tokens!r}; "
-                "expected whole numbers, together at most num_tokens, which is 1 or more."
+                "expected whole numbers, together at most num_tokens, which is 1 to "
+                f"{MOST_TOKENS:,}."
             )
         object.__setattr__(self, "deletions", tuple(self.deletions))
 
