@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import signal
 import sys
 from typing import Annotated, Any
 
@@ -332,12 +333,20 @@ def calibrate(
         figure()
     params = jaxprune.load(model, dtype=dtype)
     progress = out.with_name(out.name + ".progress")
-    try:
-        recipe = run(params, data, progress_file=progress, **settings)
-    except KeyboardInterrupt:
+
+    def stop(*_: Any) -> None:
+        # At once: an exception may be swallowed by JAX's callbacks, and taking a runtime down
+        # in the middle of a program may crash. Every finished evaluation is on disk.
+        progress.with_name(f".{progress.name}.partial").unlink(missing_ok=True)
         _stderr.print("Interrupted; the same command goes on where it was.")
         sys.stderr.flush()
-        os._exit(130)  # taking down a runtime in the middle of a program may crash
+        os._exit(130)
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        recipe = run(params, data, progress_file=progress, **settings)
+    finally:
+        signal.signal(signal.SIGINT, before)
     jaxprune.save_recipe(recipe, out)
     if plot is not None:
         plot_recipe(recipe, params.config, plot)
