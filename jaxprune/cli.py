@@ -26,7 +26,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 _stderr = Console(stderr=True)
-MOST_TOKENS = 1_000_000  # of a prompt whose cost is counted
 
 ModelOption = Annotated[
     pathlib.Path | None,
@@ -210,6 +209,7 @@ def cost(
     """Count tokens, FLOPs and cache bytes of a prompt, without running or loading anything."""
     from jaxprune.accounting import FORMULA, prompt_cost
     from jaxprune.methods import resolve
+    from jaxprune.methods.fitprune import MOST_TOKENS
 
     config = _config(model, dtype)
     for name, value in (("--text-tokens", text_tokens), ("--visual-tokens", visual_tokens)):

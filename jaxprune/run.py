@@ -3,8 +3,8 @@
     request.py     image + prompt -> rows of token ids, RGB images              (host)
     stages.py      encode, count, select, embed, prefill, decode                (jit)
 
-Every array that enters a jitted stage has the size of a bucket (`shapes.py`). One number
-an image comes back to the host before the prompt is laid out: how many tokens are kept.
+Every array that enters a jitted stage has the size of a bucket (`shapes.py`). Numbers alone
+come back to the host before the prompt is laid out: how many tokens are kept.
 """
 
 import dataclasses

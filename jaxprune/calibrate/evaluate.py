@@ -170,8 +170,8 @@ def encode_samples(
 
 def _through(params: dict, inputs: dict, counts: Any, config: Any, schedule: Schedule) -> Any:
     model = family(config)
-    visual = model.visual_embeddings(params, config, inputs.pop("visual"))
-    tokens = model.embed(params, config, **inputs, visual=visual)
+    visual = model.visual_embeddings(params, config, inputs["visual"])
+    tokens = model.embed(params, config, **{**inputs, "visual": visual})
     return model.prefill(params, config, tokens, new_slots=0, schedule=schedule, counts=counts)
 
 
@@ -192,8 +192,7 @@ def _score_answers(
     schedule: Schedule,
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probability `[B]` of each answer, and whether every token is the likeliest."""
-    kind = inputs["kind"]
-    found = _through(params, inputs, counts, config, schedule)
+    found, kind = _through(params, inputs, counts, config, schedule), inputs["kind"]
     # Mask mode: slots stay where they are. The token at slot s predicts the one behind it.
     last = jnp.argmax(is_last(kind), axis=-1)[:, None]
     slots = jnp.minimum(last + jnp.arange(answers.shape[1]), kind.shape[1] - 1)

@@ -140,7 +140,8 @@ class PruMergePlus(PruMerge):
         N = s.shape[-1]
         rank = ranks(descending_order(s))
         if outliers is None:
-            m = jnp.full(s.shape[:-1], (self.keep + 1) // 2, jnp.int32)  # type: ignore[operator]
+            assert self.keep is not None
+            m = jnp.full(s.shape[:-1], (self.keep + 1) // 2, jnp.int32)
             sampled = self.on_grid(place)
         else:
             m = outliers

@@ -116,7 +116,16 @@ def cached_attention(q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array)
     return jnp.einsum("ngs,nsd->ngd", weights.reshape(N, -1, S), v).reshape(B, H, 1, -1)
 
 
-def _by_chunks(q, k, v, valid, weights, *, heads, later):  # type: ignore[no-untyped-def]
+def _by_chunks(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    valid: jax.Array,
+    weights: jax.Array | None,
+    *,
+    heads: str,
+    later: bool,
+) -> tuple[jax.Array, jax.Array]:
     """Chunks of queries against all keys: the output, and the sums if there are weights."""
     mask = causal_mask(valid)
     if weights is None:
@@ -131,10 +140,20 @@ def _by_chunks(q, k, v, valid, weights, *, heads, later):  # type: ignore[no-unt
         received = _received(attended, weights, heads, itself if later else None)
         return out.reshape(*q.shape[:3], v.shape[-1]), received
 
-    return _over_chunks(chunk, q, mask, weights, slots, summed=1)
+    found: tuple[jax.Array, jax.Array] = _over_chunks(chunk, q, mask, weights, slots, summed=1)
+    return found
 
 
-def _by_blocks(q, k, v, valid, weights, *, heads, later):  # type: ignore[no-untyped-def]
+def _by_blocks(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    valid: jax.Array,
+    weights: jax.Array | None,
+    *,
+    heads: str,
+    later: bool,
+) -> tuple[jax.Array, jax.Array]:
     """Square blocks, those above the diagonal left out: as `_by_chunks`.
 
     The softmax's maximum and sum are carried along a row of blocks; what a key received needs
@@ -144,13 +163,7 @@ def _by_blocks(q, k, v, valid, weights, *, heads, later):  # type: ignore[no-unt
     K = k.shape[1]
     n = -(-S // BLOCK)
     t = -(-S // n)
-
-    def split(x: jax.Array, axis: int) -> jax.Array:
-        x = jnp.pad(x, [(0, n * t - S if a == axis else 0) for a in range(x.ndim)])
-        x = x.reshape(*x.shape[:axis], n, t, *x.shape[axis + 1 :])
-        return jnp.moveaxis(x, axis, 0)
-
-    columns = (jnp.arange(n), split(k, 2), split(v, 2), split(valid, 1))
+    columns = (jnp.arange(n), _split(k, 2, n), _split(v, 2, n), _split(valid, 1, n))
     place = jnp.arange(t)
     diagonal = place[:, None] >= place  # [t, t]
 
@@ -204,10 +217,9 @@ def _by_blocks(q, k, v, valid, weights, *, heads, later):  # type: ignore[no-unt
         received: jax.Array = jax.lax.scan(note, None, columns)[1]  # [n, sums, B, t]
         return out, jnp.moveaxis(received, 0, 2).reshape(*received.shape[1:3], n * t)[..., :S]
 
-    parts = (jnp.arange(n), split(q, 2), None if weights is None else split(weights, 1))
+    parts = (jnp.arange(n), _split(q, 2, n), None if weights is None else _split(weights, 1, n))
     out, received = jax.lax.map(row, parts)
-    out = jnp.moveaxis(out, 0, 2).reshape(B, H, n * t, -1)[:, :, :S]
-    return out, received.sum(0)
+    return _join(out, S), received.sum(0)
 
 
 def _received_from_rows(q: jax.Array, k: jax.Array, valid: jax.Array, watch: Watch) -> jax.Array:
@@ -234,24 +246,27 @@ def _over_chunks(function, q, mask, *others, summed=None):  # type: ignore[no-un
     T = q.shape[2]
     if T <= QUERY_CHUNK:
         return function(q, mask, *others)
-    chunks = -(-T // QUERY_CHUNK)
-    t = -(-T // chunks)
-
-    def split(x: jax.Array, axis: int) -> jax.Array:
-        width = [(0, 0)] * x.ndim
-        width[axis] = (0, chunks * t - T)  # equal chunks, the last one padded
-        x = jnp.pad(x, width)
-        return jnp.moveaxis(x.reshape(*x.shape[:axis], chunks, t, *x.shape[axis + 1 :]), axis, 0)
-
-    def join(out: jax.Array) -> jax.Array:
-        out = jnp.moveaxis(out, 0, 2)  # [B, H, chunks, t, d]
-        return out.reshape(*out.shape[:2], chunks * t, out.shape[-1])[:, :, :T]
-
-    parts = (split(q, 2), split(mask, 1), *(split(x, 1) for x in others))
-    results = jax.lax.map(lambda part: function(*part), parts)
+    parts = -(-T // QUERY_CHUNK)
+    split = (_split(q, 2, parts), *(_split(x, 1, parts) for x in (mask, *others)))
+    results = jax.lax.map(lambda part: function(*part), split)
     if summed is None:
-        return join(results)
-    return join(results[0]), results[summed].sum(0)
+        return _join(results, T)
+    return _join(results[0], T), results[summed].sum(0)
+
+
+def _split(x: jax.Array, axis: int, parts: int) -> jax.Array:
+    """An axis in equal parts, the last one padded: `[..., T, ...]` -> `[parts, ..., t, ...]`."""
+    t = -(-x.shape[axis] // parts)
+    width = [(0, 0)] * x.ndim
+    width[axis] = (0, parts * t - x.shape[axis])
+    x = jnp.pad(x, width)
+    return jnp.moveaxis(x.reshape(*x.shape[:axis], parts, t, *x.shape[axis + 1 :]), axis, 0)
+
+
+def _join(out: jax.Array, length: int) -> jax.Array:
+    """`[parts, B, H, t, d]` -> `[B, H, length, d]`."""
+    out = jnp.moveaxis(out, 0, 2)
+    return out.reshape(*out.shape[:2], -1, out.shape[-1])[:, :, :length]
 
 
 def _chunk(q: jax.Array, mask: jax.Array, *, k: jax.Array, v: jax.Array) -> jax.Array:

@@ -61,64 +61,57 @@ class LlavaNextConfig(LlavaConfig):
     @classmethod
     def llava_1_6_vicuna_7b(cls, *, dtype: str = "float32") -> "LlavaNextConfig":
         """LLaVA-NeXT with Vicuna-7B."""
-        return cls._preset({}, 32000, dtype)
+        return cls._preset(LlavaConfig.llava_1_5_7b(dtype=dtype).text_config, 32000)
 
     @classmethod
     def llava_1_6_vicuna_13b(cls, *, dtype: str = "float32") -> "LlavaNextConfig":
         """LLaVA-NeXT with Vicuna-13B."""
-        text = {
-            "hidden_size": 5120,
-            "intermediate_size": 13824,
-            "num_hidden_layers": 40,
-            "num_attention_heads": 40,
-            "num_key_value_heads": 40,
-        }
-        return cls._preset(text, 32000, dtype)
+        return cls._preset(LlavaConfig.llava_1_5_13b(dtype=dtype).text_config, 32000)
 
     @classmethod
     def llava_1_6_mistral_7b(cls, *, dtype: str = "float32") -> "LlavaNextConfig":
         """LLaVA-NeXT with Mistral-7B-Instruct-v0.2."""
-        text = {
-            "intermediate_size": 14336,
-            "num_key_value_heads": 8,
-            "max_position_embeddings": 32768,
-            "rope_theta": 1e6,
-        }
-        return cls._preset(text, 32000, dtype)
+        text = LlamaConfig(
+            intermediate_size=14336,
+            num_key_value_heads=8,
+            max_position_embeddings=32768,
+            rope_theta=1e6,
+            dtype=dtype,
+        )
+        return cls._preset(text, 32000)
 
     @classmethod
     def llava_1_6_34b(cls, *, dtype: str = "float32") -> "LlavaNextConfig":
         """LLaVA-NeXT with Nous-Hermes-2-Yi-34B."""
-        text = {
-            "vocab_size": 64064,
-            "hidden_size": 7168,
-            "intermediate_size": 20480,
-            "num_hidden_layers": 60,
-            "num_attention_heads": 56,
-            "num_key_value_heads": 8,
-            "rope_theta": 5e6,
-        }
-        return cls._preset(text, 64000, dtype)
+        text = LlamaConfig(
+            vocab_size=64064,
+            hidden_size=7168,
+            intermediate_size=20480,
+            num_hidden_layers=60,
+            num_attention_heads=56,
+            num_key_value_heads=8,
+            rope_theta=5e6,
+            dtype=dtype,
+        )
+        return cls._preset(text, 64000)
 
     @classmethod
     def llava_next_llama3_8b(cls, *, dtype: str = "float32") -> "LlavaNextConfig":
         """LLaVA-NeXT with Llama-3-8B-Instruct."""
-        text = {
-            "vocab_size": 128320,
-            "intermediate_size": 14336,
-            "num_key_value_heads": 8,
-            "max_position_embeddings": 8192,
-            "rope_theta": 5e5,
-        }
-        return cls._preset(text, 128256, dtype)
+        text = LlamaConfig(
+            vocab_size=128320,
+            intermediate_size=14336,
+            num_key_value_heads=8,
+            max_position_embeddings=8192,
+            rope_theta=5e5,
+            dtype=dtype,
+        )
+        return cls._preset(text, 128256)
 
     @classmethod
-    def _preset(cls, text: dict[str, Any], image_token: int, dtype: str) -> "LlavaNextConfig":
-        return cls(
-            vision_config=ClipVisionConfig(dtype=dtype),
-            text_config=LlamaConfig(**text, dtype=dtype),
-            image_token_index=image_token,
-        )
+    def _preset(cls, text: LlamaConfig, image_token: int) -> "LlavaNextConfig":
+        vision = ClipVisionConfig(dtype=text.dtype)
+        return cls(vision_config=vision, text_config=text, image_token_index=image_token)
 
     @classmethod
     def from_hf(cls, fields: Mapping[str, Any], *, dtype: str = "float32") -> "LlavaNextConfig":
