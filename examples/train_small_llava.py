@@ -165,7 +165,7 @@ def make_batch(
         "pixels": np.zeros((size, GRID * PATCH, GRID * PATCH, 3), np.uint8),
         "patches": np.zeros((size, GRID * GRID, 4), np.int32),
         "captions": np.zeros((size, scenes.MAX_OBJECTS, 4), np.int32),
-        "token_ids": np.full((size, segments, SEGMENT), SPECIAL_TOKENS.index("<pad>"), np.int32),
+        "token_ids": np.zeros((size, segments, SEGMENT), np.int32),
         "targets": np.zeros((size, segments, SEGMENT), bool),
     }
     for row in range(size):
@@ -175,14 +175,26 @@ def make_batch(
         batch["patches"][row] = patch_labels(scene)
         for i, item in enumerate(scene.objects):
             batch["captions"][row, i] = object_labels(item)
-        for k, what in enumerate([*scenes.KINDS, *more]):
-            question, answer = ask_more(scene, what, rng)
-            prompt = tokenizer.encode(segment_text(question), add_special_tokens=False).ids
-            reply = tokenizer.encode(f" {answer}", add_special_tokens=False).ids
-            ids = [*prompt, *reply, SPECIAL_TOKENS.index("</s>")]
-            batch["token_ids"][row, k, : len(ids)] = ids
-            batch["targets"][row, k, len(prompt) : len(ids)] = True
+        asked = ask_all(tokenizer, scene, more, rng)
+        batch["token_ids"][row], batch["targets"][row] = asked
     return batch
+
+
+def ask_all(
+    tokenizer: Tokenizer, scene: scenes.Scene, more: tuple[str, ...], rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids and targets of a question of each kind and of `more`: `[segments, SEGMENT]`."""
+    segments = len(scenes.KINDS) + len(more)
+    token_ids = np.full((segments, SEGMENT), SPECIAL_TOKENS.index("<pad>"), np.int32)
+    targets = np.zeros((segments, SEGMENT), bool)
+    for k, what in enumerate([*scenes.KINDS, *more]):
+        question, answer = ask_more(scene, what, rng)
+        prompt = tokenizer.encode(segment_text(question), add_special_tokens=False).ids
+        reply = tokenizer.encode(f" {answer}", add_special_tokens=False).ids
+        ids = [*prompt, *reply, SPECIAL_TOKENS.index("</s>")]
+        token_ids[k, : len(ids)] = ids
+        targets[k, len(prompt) : len(ids)] = True
+    return token_ids, targets
 
 
 def prefetch(make: Any, steps: range) -> Iterator[dict[str, np.ndarray]]:
@@ -304,8 +316,18 @@ def answer_logits(
     places: jax.Array,
     batch: dict,
     before: jax.Array,
+    image_length: int,
 ) -> jax.Array:
-    """Next-token logits `[B, segments, SEGMENT, vocabulary]` of all questions of each image."""
+    """Next-token logits `[B, segments, SEGMENT, vocabulary]` of all questions of each image.
+
+    Args:
+        params, config: the model.
+        visual: `[B, K, D]`, projected.
+        places: int32 `[B, K]`, where these stand in the image.
+        batch: the questions.
+        before: int32 `[n]`, the prompt in front of the image.
+        image_length: visual tokens of a whole image; the questions stand behind them.
+    """
     B, segments, length = batch["token_ids"].shape
     decoder = LlamaDecoder(config.text_config)
     variables = {"params": params["model"]["language_model"]}
@@ -321,7 +343,7 @@ def answer_logits(
     segment = np.concatenate([np.zeros(prefix, int), np.repeat(np.arange(segments) + 1, length)])
     same = (segment[None] == segment[:, None]) | (segment[None] == 0)
     mask = jnp.asarray(np.tril(same))[None]
-    start = before.size + GRID * GRID
+    start = before.size + image_length
     positions = [
         jnp.broadcast_to(jnp.arange(before.size), (B, before.size)),
         before.size + places,
@@ -357,21 +379,32 @@ def loss_function(
     alignment = word_loss(params, visual, batch["patches"], words)
     places = jnp.broadcast_to(jnp.arange(visual.shape[1]), visual.shape[:2])
     if stage.patches is not None:
-        places = some_patches(batch, stage.patches)
+        places = some_patches(batch, batch["patches"][..., 0] > 0, stage.patches)
         visual = jnp.take_along_axis(visual, places[..., None], axis=1)
-    logits = answer_logits(params, config, visual, places, batch, before)[:, :, :-1]
+    logits = answer_logits(params, config, visual, places, batch, before, GRID * GRID)
+    answers, right = answer_loss(logits, batch)
+    metrics |= {"answer": answers, "words": alignment, **right}
+    return 0.5 * (loss + alignment) + answers, metrics
+
+
+def answer_loss(logits: jax.Array, batch: dict) -> tuple[jax.Array, dict]:
+    """Cross-entropy of the answers' tokens, and the share of right answers by kind."""
     labels, targets = batch["token_ids"][:, :, 1:], batch["targets"][:, :, 1:]
+    logits = logits[:, :, :-1]
     xent = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    answer_loss = jnp.sum(xent * targets) / jnp.sum(targets)
     right = jnp.all((logits.argmax(-1) == labels) | ~targets, axis=-1)  # [B, segments]
-    metrics |= {"answer": answer_loss, "words": alignment}
-    metrics |= {name: right[:, k].mean() for k, name in enumerate(scenes.KINDS)}
-    return 0.5 * (loss + alignment) + answer_loss, metrics
+    by_kind = {name: right[:, k].mean() for k, name in enumerate(scenes.KINDS)}
+    return jnp.sum(xent * targets) / jnp.sum(targets), by_kind
 
 
-def some_patches(batch: dict, number: int) -> jax.Array:
-    """The places of a random few patches, objects preferred, ascending: int32 `[B, number]`."""
-    shown = batch["patches"][..., 0] > 0
+def some_patches(batch: dict, shown: jax.Array, number: int) -> jax.Array:
+    """The places of a random few patches, ascending: int32 `[B, number]`.
+
+    Args:
+        batch: what makes the draw another one at every step.
+        shown: bool `[B, N]`, patches of objects, which are preferred.
+        number: how many.
+    """
     noise = jax.random.uniform(jax.random.key(batch["token_ids"].sum()), shown.shape)
     return jnp.sort(jax.lax.top_k(noise + 0.6 * shown, number)[1], axis=-1)
 
@@ -445,22 +478,17 @@ def restore(path: pathlib.Path, state: Any) -> tuple[int, Any]:
         return int(saved["step"]), jax.tree.unflatten(jax.tree.structure(state), leaves)
 
 
-def train_stage(
-    stage: Stage,
-    params: dict,
-    config: llava.LlavaConfig,
-    tokenizer: Tokenizer,
-    out: pathlib.Path,
-    seed: int,
-) -> dict:
-    """One stage, from its checkpoint if there is one."""
+def train_stage(stage: Stage, params: dict, loss: Any, make: Any, out: pathlib.Path) -> dict:
+    """One stage, from its checkpoint if there is one.
+
+    Args:
+        stage: what is trained, and how long.
+        params: what it starts from.
+        loss: `(params, batch) -> (loss, metrics)`.
+        make: `step -> batch`.
+        out: the folder of checkpoints and the log.
+    """
     transform = optimizer(stage)
-    before = jnp.asarray(tokenizer.encode(PROMPT_BEFORE_IMAGE).ids, jnp.int32)
-    words = {
-        name: np.array([tokenizer.encode(f" {w}", add_special_tokens=False).ids[0] for w in values])
-        for name, values in (("color", scenes.COLORS), ("shape", scenes.SHAPES))
-    }
-    loss = functools.partial(loss_function, config=config, before=before, words=words, stage=stage)
 
     @functools.partial(jax.jit, donate_argnums=(0,))
     def update(state: tuple, batch: dict) -> tuple[tuple, dict]:
@@ -471,10 +499,7 @@ def train_stage(
 
     path = out / f"{stage.name}.npz"
     first, state = restore(path, (params, transform.init(params)))
-    batches = prefetch(
-        lambda step: make_batch(tokenizer, seed, step, stage.batch, stage.more),
-        range(first, stage.steps),
-    )
+    batches = prefetch(make, range(first, stage.steps))
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -589,8 +614,19 @@ def main() -> None:
             more=("color", "comparison", "comparison", "comparison"),
         ),
     )
+    before = jnp.asarray(tokenizer.encode(PROMPT_BEFORE_IMAGE).ids, jnp.int32)
+    words = {
+        name: np.array([tokenizer.encode(f" {w}", add_special_tokens=False).ids[0] for w in values])
+        for name, values in (("color", scenes.COLORS), ("shape", scenes.SHAPES))
+    }
     for i, stage in enumerate(stages):
-        params = train_stage(stage, params, config, tokenizer, args.out, args.seed + i)
+        loss = functools.partial(
+            loss_function, config=config, before=before, words=words, stage=stage
+        )
+        make = functools.partial(
+            make_batch, tokenizer, args.seed + i, size=stage.batch, more=stage.more
+        )
+        params = train_stage(stage, params, loss, make, args.out)
     if args.export:
         export_model(params["model"], config, tokenizer, args.export)
 

@@ -89,18 +89,25 @@ def sample_scene(rng: np.random.Generator) -> Scene:
     return Scene(tuple(objects), int(rng.integers(2**31)))
 
 
-def draw(scene: Scene, size: int = SCENE_SIZE) -> Image.Image:
-    """The scene as an RGB image of `size` x `size` pixels."""
+def draw(scene: Scene, size: int = SCENE_SIZE, *, shrink: float = 1.0) -> Image.Image:
+    """The scene as an RGB image of `size` x `size` pixels.
+
+    Args:
+        scene: what to draw.
+        size: pixels along a side.
+        shrink: how much smaller the shapes are, at the same places: with `size` 192 and .5
+            they have the pixels that they have in a scene of 96, in a larger picture.
+    """
     rng = np.random.default_rng(scene.texture_seed)
     scale = 2 * size / SCENE_SIZE  # drawn at twice the size, then reduced: smooth edges
-    image = Image.fromarray(_texture(rng, SCENE_SIZE)).resize(
+    image = Image.fromarray(_texture(rng, size)).resize(
         (2 * size, 2 * size), Image.Resampling.BICUBIC
     )
     canvas = ImageDraw.Draw(image)
     for item in scene.objects:
         shade = np.array(COLORS[item.color]) + rng.uniform(-14, 14, size=3)
         fill = tuple(int(v) for v in np.clip(shade, 0, 255))
-        outline = _outline(item.shape, SIZES[item.size] * scale)
+        outline = _outline(item.shape, SIZES[item.size] * shrink * scale)
         corners = [(item.x * scale + u, item.y * scale + v) for u, v in outline]
         canvas.polygon(corners, fill=fill)
     return image.resize((size, size), Image.Resampling.BICUBIC)
