@@ -41,7 +41,8 @@ from jaxprune.methods import (
 from jaxprune.models.llama import LlamaConfig, LlamaDecoder, Tokens
 from jaxprune.models.llava import LlavaConfig
 from jaxprune.ops.schedule import CONTEXT, LAST, NO_CUTS, QUESTION, VISUAL
-from jaxprune.schedules import Lengths, candidates_left, gather_schedule
+from jaxprune.schedules import candidates_left, gather_schedule
+from jaxprune.shapes import Lengths
 
 console = Console(stderr=True)
 TEXT = 60

@@ -7,13 +7,15 @@
 Both make a `Run` of their arguments and drive it to its end.
 """
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxprune.errors import UserError
-from jaxprune.loading import Params
+from jaxprune.loading import Params, complete
 from jaxprune.processing import Processor
-from jaxprune.run import Run
+from jaxprune.request import make_request
+from jaxprune.run import Run, make_options, seeds_of
 from jaxprune.shapes import DEFAULT_BUCKETS, Buckets
 
 STOP_CHECK_EVERY = 16  # tokens between looks for a stop string
@@ -71,27 +73,54 @@ def generate(
     Raises:
         jaxprune.UserError: for a request that cannot be served; it says what to change.
     """
-    run = Run(
-        params,
+    run = _prepare(
+        complete(params, config, processor),
         image,
         prompt,
+        seed,
+        timed=return_details,
         method=method,
         method_options=method_options,
         max_new_tokens=max_new_tokens,
-        sampling_options={"temperature": temperature, "top_k": top_k, "top_p": top_p},
-        seed=seed,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
         stop=stop,
         chat=chat,
-        config=config,
-        processor=processor,
         buckets=buckets,
     )
-    run.start()
-    chunk = STOP_CHECK_EVERY if run.stop else run.max_new_tokens
-    while not run.finished:
-        run.advance(chunk)
+    finish(run)
     answers: list[Any] = run.answers() if return_details else run.texts()
     return answers[0] if run.request.single else answers
+
+
+def finish(run: Run) -> None:
+    """Drive a run to its end; without stop strings in one dispatch behind the prefill."""
+    run.start()
+    chunk = STOP_CHECK_EVERY if run.options.stop else run.max_new_tokens
+    run.advance(chunk)
+    while not run.finished:
+        run.advance(chunk)
+
+
+def _prepare(
+    params: Params,
+    image: Any,
+    prompt: Any,
+    seed: int | Sequence[int],
+    *,
+    timed: bool = False,
+    **fields: Any,
+) -> Run:
+    """Check everything, tokenise, load images."""
+    options = make_options(params.config, seed=seed, **fields)
+    began = time.perf_counter()
+    assert params.processor is not None
+    request = make_request(params.processor, image, prompt, chat=options.chat)
+    spent = time.perf_counter() - began
+    run = Run(params, options, request, seeds_of(seed, len(request.rows)), timed=timed)
+    run.seconds["preprocess"] = spent
+    return run
 
 
 def stream(
@@ -127,19 +156,19 @@ def stream(
     """
     if isinstance(chunk_tokens, bool) or not isinstance(chunk_tokens, int) or chunk_tokens < 1:
         raise UserError(f"chunk_tokens is {chunk_tokens!r}; expected a whole number, 1 or more.")
-    run = Run(
-        params,
+    run = _prepare(
+        complete(params, config, processor),
         image,
         prompt,
+        seed,
         method=method,
         method_options=method_options,
         max_new_tokens=max_new_tokens,
-        sampling_options={"temperature": temperature, "top_k": top_k, "top_p": top_p},
-        seed=seed,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
         stop=stop,
         chat=chat,
-        config=config,
-        processor=processor,
         buckets=buckets,
     )
     return _pieces(run, chunk_tokens)
@@ -147,6 +176,7 @@ def stream(
 
 def _pieces(run: Run, chunk_tokens: int) -> Iterator[Any]:
     run.start()
+    run.fetch()
     sent = [""] * len(run.request.rows)
     while True:
         texts = run.texts()

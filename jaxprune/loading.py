@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -10,8 +10,10 @@ import jax
 from jaxprune import checkpoints_convert
 from jaxprune.checkpoints_convert.load import existing_directory
 from jaxprune.checkpoints_convert.original import is_original
+from jaxprune.checkpoints_convert.plan import flat_shapes, flatten
 from jaxprune.errors import UserError
 from jaxprune.json_file import read_json
+from jaxprune.models.registry import family_name
 from jaxprune.processing import Processor, load_processor
 
 SMALL_MODEL = pathlib.Path(__file__).parent / "assets" / "small_llava"
@@ -110,3 +112,49 @@ def export(params: Params, directory: Any, *, show_progress: bool | None = None)
         companions=companions,
         show_progress=show_progress,
     )
+
+
+def complete(
+    params: Params | Mapping[str, Any], config: Any = None, processor: Processor | None = None
+) -> Params:
+    """What `load` gives, or bare arrays with the config and processor that they came without.
+
+    Raises:
+        UserError: for what is no model, or arrays that do not fit the config.
+    """
+    if isinstance(params, Params):
+        config = params.config if config is None else config
+        processor = params.processor if processor is None else processor
+        params = params.arrays
+    elif not isinstance(params, Mapping):
+        raise UserError(
+            f"params is a {type(params).__name__}; expected what jaxprune.load gives, or a "
+            "nested dict of arrays."
+        )
+    elif config is None or processor is None:
+        raise UserError("Bare params need config= and processor=; jaxprune.load gives all three.")
+    else:
+        family_name(config)  # refuses what is no config
+        _check_arrays(params, config)
+    if not isinstance(processor, Processor):
+        raise UserError(f"processor is a {type(processor).__name__}; expected a Processor.")
+    return Params(dict(params), config, processor)
+
+
+def _check_arrays(params: Mapping[str, Any], config: Any) -> None:
+    """Raise `UserError` unless bare params have the names and shapes of the config's model."""
+    expected = flat_shapes(config)
+    try:
+        found = flatten(dict(params))
+    except (AttributeError, TypeError):
+        raise UserError("params are no nested dicts of arrays; expected what load gives.") from None
+    shapes = {path: getattr(leaf, "shape", None) for path, leaf in found.items()}
+    wrong = [
+        f"{path} is {shapes.get(path, 'missing')}, expected {leaf.shape}"
+        for path, leaf in expected.items()
+        if shapes.get(path) != leaf.shape
+    ]
+    wrong += [f"{path} is unknown" for path in found if path not in expected]
+    if wrong:
+        more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise UserError(f"params do not fit the config: {'; '.join(wrong[:3])}{more}.")

@@ -1,25 +1,66 @@
-"""How parameters are laid over a device mesh: one table of rules."""
+"""How a model and its requests are laid over a device mesh: one table of rules.
 
+A mesh has the axes "data", over which the rows of a batch are spread, and "model", over
+which every layer is: its heads, its MLP's width, the vocabulary. Either may be missing. XLA
+propagates these placements through the programs and inserts the communication.
+"""
+
+import contextlib
 import re
+from typing import Any
 
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-MODEL_AXIS = "model"
+from jaxprune.errors import UserError
+
+DATA_AXIS, MODEL_AXIS = "data", "model"
 
 # The first rule that fits a parameter's path; what no rule names is on every device whole.
 _RULES = [
     (r".*/(q_proj|k_proj|v_proj|gate_proj|up_proj|fc1)/kernel", PartitionSpec(None, MODEL_AXIS)),
+    (r".*/(q_proj|k_proj|v_proj|gate_proj|up_proj|fc1)/bias", PartitionSpec(MODEL_AXIS)),
     (r".*/(o_proj|out_proj|down_proj|fc2)/kernel", PartitionSpec(MODEL_AXIS, None)),
     (r".*/lm_head/kernel", PartitionSpec(None, MODEL_AXIS)),
-    (r".*/embed_tokens/embedding", PartitionSpec(None, MODEL_AXIS)),
+    (r".*/embed_tokens/embedding", PartitionSpec(MODEL_AXIS, None)),
 ]
+
+
+def check_mesh(mesh: Any, config: Any) -> Mesh:
+    """The mesh in the form that programs take, if the model can be laid over it.
+
+    Raises:
+        UserError: for no mesh, unknown axes, or an axis that does not divide what it splits.
+    """
+    if not isinstance(mesh, Mesh):
+        raise UserError(f"mesh is a {type(mesh).__name__}; expected a jax.sharding.Mesh.")
+    if not mesh.axis_names or set(mesh.axis_names) - {DATA_AXIS, MODEL_AXIS}:
+        raise UserError(
+            f"The mesh has the axes {mesh.axis_names}; expected {DATA_AXIS!r}, {MODEL_AXIS!r} or "
+            'both, e.g. jax.make_mesh((2, 4), ("data", "model")).'
+        )
+    parts, text, vision = mesh.shape.get(MODEL_AXIS, 1), config.text_config, config.vision_config
+    sides = {
+        "attention heads": text.num_attention_heads,
+        "key/value heads": text.num_key_value_heads,
+        "MLP features": text.intermediate_size,
+        "attention heads of the vision tower": vision.num_attention_heads,
+        "MLP features of the vision tower": vision.intermediate_size,
+    }
+    for name, size in sides.items():
+        if size % parts:
+            raise UserError(
+                f"The mesh's \"model\" axis has {parts} devices, which do not divide the model's "
+                f"{size} {name}; choose a divisor of it."
+            )
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * mesh.devices.ndim)
 
 
 def sharding_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
     """Where a parameter goes: split over the mesh's "model" axis, or whole on every device.
 
-    A parameter whose side the axis does not divide stays whole; so does everything on a
-    mesh without such an axis.
+    A vocabulary that the axis does not divide stays whole; so does everything on a mesh
+    without such an axis.
     """
     if MODEL_AXIS in mesh.axis_names:
         parts = mesh.shape[MODEL_AXIS]
@@ -29,3 +70,29 @@ def sharding_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
                 if shape[split] % parts == 0:
                     return NamedSharding(mesh, spec)
     return NamedSharding(mesh, PartitionSpec())
+
+
+def mesh_of(arrays: dict[str, Any]) -> Mesh | None:
+    """The mesh that parameters are laid over, or None for a single device."""
+    sharding = getattr(jax.tree.leaves(arrays)[0], "sharding", None)
+    mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
+    return mesh if isinstance(mesh, Mesh) else None
+
+
+def on_mesh(mesh: Mesh | None) -> Any:
+    """A context in which programs are made for a mesh; for None, one that does nothing."""
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def spread(tree: Any, mesh: Mesh | None, *, axis: int = 0) -> Any:
+    """Arrays of a request over the mesh's "data" axis, as far as it divides their `axis`."""
+    if mesh is None:
+        return tree
+    parts = mesh.shape.get(DATA_AXIS, 1)
+
+    def place(x: Any) -> jax.Array:
+        split = parts > 1 and x.ndim > axis and x.shape[axis] % parts == 0
+        spec = PartitionSpec(*[None] * axis, DATA_AXIS) if split else PartitionSpec()
+        return jax.device_put(x, NamedSharding(mesh, spec))
+
+    return jax.tree.map(place, tree)

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from PIL import Image
 
@@ -151,6 +152,7 @@ def _count_placeholders(prompt: Any) -> int:
     return sum(message_text(message).count(IMAGE_PLACEHOLDER) for message in prompt)
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """Where every token of a batch goes; numpy arrays, padded to a bucket.

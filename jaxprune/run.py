@@ -4,12 +4,13 @@
     stages.py      encode, count, select, embed, prefill, decode                (jit)
 
 Every array that enters a jitted stage has the size of a bucket (`shapes.py`). Numbers alone
-come back to the host before the prompt is laid out: how many tokens are kept.
+come back to the host before the answer: how many tokens an adaptive method keeps.
 """
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -17,28 +18,27 @@ import numpy as np
 
 from jaxprune import stages
 from jaxprune.accounting import Cost, executed, prompt_cost
-from jaxprune.checkpoints_convert.plan import flat_shapes, flatten
+from jaxprune.compilation import covered
 from jaxprune.errors import UserError
 from jaxprune.loading import Params
 from jaxprune.methods import Plan, RandomPlaces, depth_of, resolve
-from jaxprune.models.registry import family_name
 from jaxprune.ops.schedule import NO_CUTS, Schedule
 from jaxprune.ops.tiles import pack_tilings
 from jaxprune.ops.visual import Selection
-from jaxprune.processing import Processor, decode_text, pixel_values
+from jaxprune.partition import mesh_of, on_mesh, spread
+from jaxprune.processing import decode_text, pixel_values
 from jaxprune.request import (
     Layout,
     Request,
     Row,
     lay_out,
-    make_request,
     row_lengths,
     text_length,
     visual_length,
 )
 from jaxprune.sampling import make_sampling
-from jaxprune.schedules import Lengths, candidates_left, gather_schedule
-from jaxprune.shapes import Buckets
+from jaxprune.schedules import candidates_left, gather_schedule
+from jaxprune.shapes import Buckets, Lengths, Shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,108 +75,163 @@ class Answer:
     seconds: dict[str, float]
 
 
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What a request asks for beside its prompts and images; equal ones can share a batch.
+
+    Attributes:
+        plan: the methods that prune.
+        max_new_tokens: at most.
+        temperature, top_k, top_p: see `sampling`.
+        stop: strings that end an answer.
+        chat: wrap prompts in the chat template.
+        buckets: the shapes that may be compiled.
+    """
+
+    plan: Plan
+    max_new_tokens: int
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    stop: tuple[str, ...]
+    chat: bool
+    buckets: Buckets
+
+
+def make_options(
+    config: Any,
+    *,
+    method: Any,
+    method_options: dict[str, Any],
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    seed: int | Sequence[int],
+    stop: str | Sequence[str],
+    chat: bool,
+    buckets: Buckets,
+) -> Options:
+    """Check what the user gave; see `generate` for what it means.
+
+    Raises:
+        UserError: for a value that cannot be served.
+    """
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int):
+        raise UserError(f"max_new_tokens is {max_new_tokens!r}; expected a whole number.")
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens is {max_new_tokens}; expected 1 or more.")
+    strings = [stop] if isinstance(stop, str) else stop
+    if not isinstance(strings, list | tuple):
+        raise UserError(f"stop is {stop!r}; expected a string or a list of them.")
+    if not all(isinstance(text, str) and text for text in strings):
+        raise UserError(f"stop is {stop!r}; expected strings that are not empty.")
+    if not isinstance(buckets, Buckets):
+        raise UserError(f"buckets is a {type(buckets).__name__}; expected jaxprune.Buckets.")
+    plan = _resolve(method, config, seed, method_options)
+    return Options(plan, max_new_tokens, temperature, top_k, top_p, tuple(strings), chat, buckets)
+
+
 class Run:
-    """One request on its way through the stages; `generate` and `stream` drive it."""
+    """One request on its way through the stages.
+
+    Args:
+        params: the model.
+        options: what is asked for.
+        request: the prompts and images.
+        seeds: of the draws, one a row.
+        timed: wait for every stage, so that `seconds` tells them apart.
+    """
 
     def __init__(
         self,
-        params: Params | Mapping[str, Any],
-        image: Any,
-        prompt: Any,
+        params: Params,
+        options: Options,
+        request: Request,
+        seeds: Sequence[int],
         *,
-        method: Any,
-        method_options: dict[str, Any],
-        max_new_tokens: int,
-        sampling_options: dict[str, Any],
-        seed: int | Sequence[int],
-        stop: str | Sequence[str],
-        chat: bool,
-        config: Any,
-        processor: Processor | None,
-        buckets: Buckets,
+        timed: bool = False,
     ) -> None:
-        self.params, self.config, self.processor = _unpack(params, config, processor)
-        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int):
-            raise UserError(f"max_new_tokens is {max_new_tokens!r}; expected a whole number.")
-        if max_new_tokens < 1:
-            raise UserError(f"max_new_tokens is {max_new_tokens}; expected 1 or more.")
-        self.stop = [stop] if isinstance(stop, str) else list(_checked_stop(stop))
-        if not all(isinstance(text, str) and text for text in self.stop):
-            raise UserError(f"stop is {stop!r}; expected strings that are not empty.")
-        if not isinstance(buckets, Buckets):
-            raise UserError(f"buckets is a {type(buckets).__name__}; expected jaxprune.Buckets.")
-        self.plan, self.buckets = _resolve(method, self.config, seed, method_options), buckets
-        self.max_new_tokens = max_new_tokens
+        assert params.processor is not None
+        self.params, self.config, self.processor = params.arrays, params.config, params.processor
+        self.mesh = mesh_of(params.arrays)
+        self.options, self.request, self.timed = options, request, timed
+        self.plan, self.buckets = options.plan, options.buckets
+        self.shapes = Shapes(self.buckets, self.config, self.plan.vision)
+        self.max_new_tokens = options.max_new_tokens
         self.seconds: dict[str, float] = {}
-        with self._timed("preprocess"):
-            self.request: Request = make_request(self.processor, image, prompt, chat=chat)
-            sizes = [(image.height, image.width) for image in self.request.images]
-            self.tilings = [self.config.tiling(*size) for size in sizes]
-            if self.plan.vision is not None and self.tilings:
-                self.plan.vision.check(min(tiling.num_patches for tiling in self.tilings))
-            rows = len(self.request.rows)
-            self.batch = buckets.fit("batch", rows)
-            seeds = _seeds(seed, rows)
-            if len(seeds) != rows:
-                raise UserError(f"{len(seeds)} seeds came for {rows} prompts; give one for each.")
-            self.sampling = make_sampling(
-                **sampling_options,
-                seeds=seeds + [0] * (self.batch - rows),
-                vocab_size=self.config.text_config.vocab_size,
-            )
-            self.greedy = sampling_options["temperature"] == 0
-            self.eos = np.asarray(self.processor.eos_token_ids or (-1,), np.int32)
-            # Before any work on an accelerator: the part of the length that is known now.
-            known = self._unpruned() if self.plan.vision is None else 0 * self._unpruned()
-            self._check_context(known)
+        sizes = [(image.height, image.width) for image in request.images]
+        self.tilings = [self.config.tiling(*size) for size in sizes]
+        if self.plan.vision is not None and self.tilings:
+            self.plan.vision.check(min(tiling.num_patches for tiling in self.tilings))
+        rows = len(request.rows)
+        self.batch = self.buckets.fit("batch", rows)
+        self.row_images = max(len(row.images) for row in request.rows)
+        if len(seeds) != rows:
+            raise UserError(f"{len(seeds)} seeds came for {rows} prompts; give one for each.")
+        sampling = make_sampling(
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            seeds=[*seeds, *[0] * (self.batch - rows)],
+            vocab_size=self.config.text_config.vocab_size,
+        )
+        self.sampling = sampling.replace(seeds=spread(sampling.seeds, self.mesh))
+        self.greedy = options.temperature == 0
+        self.eos = eos_ids(self.processor)
+        # Before any work on an accelerator: the part of the length that is known now.
+        self.counts = self._unpruned() if self.plan.vision is None else 0 * self._unpruned()
+        self._check_context(self.counts)
 
     def start(self) -> None:
         """Everything up to the first token of every row."""
-        selection = self._visual_tokens() if self.request.images else None
-        counts = np.zeros(0, int) if selection is None else np.asarray(selection.counts)
-        longest = self._check_context(counts)
-        self.max_new_tokens = min(
-            self.max_new_tokens, self.config.text_config.context_length - longest
-        )
-        capacity = 0 if selection is None else selection.tokens.shape[1]
-        room = self._room(counts, capacity)
-        self.layout: Layout = lay_out(
-            self.request.rows,
-            counts,
-            capacity,
-            batch=self.batch,
-            sequence=sum(room),
-            fixed=int(self.config.keep_cls),
-        )
-        self.schedule, left = self._schedule(room, counts)
-        with self._timed("prefill"):
-            tokens = stages.embed(
-                self.params,
-                self.layout.token_ids,
-                self.layout.visual_index,
-                self.layout.kind,
-                self.layout.lengths,
-                selection,
-                config=self.config,
+        with on_mesh(self.mesh):
+            selection = self._visual_tokens() if self.request.images else None
+            counts = self.counts
+            longest = self._check_context(counts)
+            self.max_new_tokens = min(
+                self.max_new_tokens, self.config.text_config.context_length - longest
             )
-            self.state, self.first_logits, self.survivors = jax.block_until_ready(
-                stages.prefill(
+            self.capacity = 0 if selection is None else selection.tokens.shape[1]
+            self.indices = None if selection is None else selection.indices
+            room = self._room(counts, self.capacity)
+            self.layout: Layout = lay_out(
+                self.request.rows,
+                counts,
+                self.capacity,
+                batch=self.batch,
+                sequence=sum(room),
+                fixed=int(self.config.keep_cls),
+            )
+            self.schedule, left = self._schedule(room, counts)
+            new_slots = self.buckets.fit("new_tokens", self.max_new_tokens)
+            layout = spread(self.layout, self.mesh)
+            shape = {"batch": self.batch, **room._asdict(), "new_tokens": new_slots}
+            with self._stage("prefill", **shape, greedy=self.greedy):
+                tokens = stages.embed(
+                    self.params,
+                    layout.token_ids,
+                    layout.visual_index,
+                    layout.kind,
+                    layout.lengths,
+                    selection,
+                    config=self.config,
+                )
+                self.state, self.first_logits, self.survivors = stages.prefill(
                     self.params,
                     tokens,
-                    left,
-                    self.layout.lengths,
+                    spread(left, self.mesh, axis=1),
+                    layout.lengths,
                     np.int32(len(self.request.rows)),
                     self.sampling,
                     self.eos,
                     config=self.config,
                     schedule=self.schedule,
-                    new_slots=self.buckets.fit("new_tokens", self.max_new_tokens),
+                    new_slots=new_slots,
                     greedy=self.greedy,
                 )
-            )
-        self.counts, self.capacity = counts, capacity
-        self.indices = None if selection is None else np.asarray(selection.indices)
-        self._fetch()
+                self._wait(self.first_logits)
+        self.step = 1
 
     def _unpruned(self) -> np.ndarray:
         """Visual tokens of each image before any pruning: int `[I]`."""
@@ -185,22 +240,10 @@ class Run:
 
     def _room(self, counts: np.ndarray, capacity: int) -> Lengths:
         """The buckets of the batch's rows, whose images have `capacity` slots each."""
-        rows, fit = self.request.rows, self.buckets.fit
-        # What is never pruned counts as text: the last token of a row that ends with an image,
-        # and every CLS where that is a feature.
-        text = fit(
-            "text",
-            max(
-                text_length(row) + (not row.pieces[-1]) + self.config.keep_cls * len(row.images)
-                for row in rows
-            ),
-        )
-        images = max(len(row.images) for row in rows)
-        if not images:
-            return Lengths(text, 0)
-        whole = fit("row_images", images) * capacity
+        rows = self.request.rows
+        text = max(text_room(row, self.config) for row in rows)
         longest = max(visual_length(row, counts) for row in rows)
-        return Lengths(text, whole if longest == whole else min(fit("visual", longest), whole))
+        return self.shapes.of_rows(text, self.row_images, capacity, longest)
 
     def _schedule(self, room: Lengths, counts: np.ndarray) -> tuple[Schedule, np.ndarray | None]:
         """What the decoder drops, and how many candidates it leaves: int32 `[L, B]`."""
@@ -213,19 +256,22 @@ class Run:
         return schedule, candidates_left(method, depth, self.layout.kind, visual)
 
     def advance(self, tokens: int) -> None:
-        """Generate up to so many more tokens in every row that is not done."""
+        """Generate up to so many more tokens in every row that is not done: one dispatch."""
         until = np.int32(min(self.step + tokens, self.max_new_tokens))
-        with self._timed("decode"):
-            self.state = stages.decode(
-                self.params,
-                self.state,
-                until,
-                self.sampling,
-                self.eos,
-                config=self.config,
-                greedy=self.greedy,
-            )
-            self._fetch()
+        batch, new_slots = self.state.tokens.shape
+        shape = {"batch": batch, "slots": self.layout.token_ids.shape[1], "new_tokens": new_slots}
+        with on_mesh(self.mesh), self._stage("decode", **shape, greedy=self.greedy):
+            if until > self.step:
+                self.state = stages.decode(
+                    self.params,
+                    self.state,
+                    until,
+                    self.sampling,
+                    self.eos,
+                    config=self.config,
+                    greedy=self.greedy,
+                )
+            self.fetch()
 
     @property
     def finished(self) -> bool:
@@ -246,62 +292,56 @@ class Run:
         """What of an unfinished text can be shown: no half character, no half stop string."""
         text = text.rstrip("\ufffd")
         sizes = [
-            n for string in self.stop for n in range(1, len(string)) if text.endswith(string[:n])
+            n
+            for string in self.options.stop
+            for n in range(1, len(string))
+            if text.endswith(string[:n])
         ]
         return text[: len(text) - max(sizes, default=0)]
 
     def _visual_tokens(self) -> Selection:
         """Encode all images of the batch and prune them."""
-        config, method = self.config, self.plan.vision
-        fit = self.buckets.fit
-        with self._timed("preprocess"):
+        config, method, mesh = self.config, self.plan.vision, self.mesh
+        number = len(self.tilings)
+        shape = self.shapes.of_images(number, max(tiling.tiles for tiling in self.tilings))
+        with self._stage("preprocess"):
             pixels = pixel_values(self.processor, self.request.images, config)
-            single = all(tiling.tiles == 1 for tiling in self.tilings)
-            images = fit("images", len(self.tilings))
-            tiles = images if single else fit("tiles", len(pixels))
+            tiles = shape.images * shape.tiles
             packing = pack_tilings(
                 self.tilings,
-                images=images,
+                images=shape.images,
                 tiles=tiles,
-                image_tiles=fit("image_tiles", max(tiling.tiles for tiling in self.tilings)),
-                slots=self._slots(max(tiling.num_tokens for tiling in self.tilings)),
+                image_tiles=shape.tiles,
+                slots=shape.slots,
             )
             pixels = np.pad(pixels, ((0, tiles - len(pixels)), (0, 0), (0, 0), (0, 0)))
-        with self._timed("encode"):
+            pixels, packing = spread((pixels, packing), mesh)
+        sizes = shape._asdict()
+        with self._stage("encode", **sizes):
             signals = frozenset() if method is None else method.signals
             vision = stages.encode(self.params, pixels, config=config, signals=signals)
-            jax.block_until_ready(vision)
-        with self._timed("select"):
-            patches = vision.features.shape[1] - config.keep_cls
-            tile_capacity, capacity = 0, packing.slots.shape[1] + config.keep_cls
-            fixed = method.fixed_count(patches) if method is not None and single else None
-            if fixed is not None:
-                tile_capacity, capacity = min(fixed, patches), fixed + config.keep_cls
-            elif method is not None:
-                # The numbers that the host has to know: an image's tokens, a tile's patches.
-                counts, kept = jax.device_get(
-                    stages.count(vision, packing, config=config, method=method)
-                )
-                most = int(counts[: len(self.tilings)].max())
-                full = capacity + (packing.tile.shape[1] if method.merges else 0)
-                capacity = min(fit("visual", most), full)
-                if method.merges:
-                    room = capacity if single else fit("tile_patches", max(1, int(kept.max())))
-                    tile_capacity = min(room, patches)
+            self._wait(vision)
+        with self._stage("select", **sizes):
+            capacity = self.shapes.fixed_capacity(shape)
+            if capacity is not None:
+                self.counts = np.full(number, capacity)
+            elif method is None:
+                self.counts = self._unpruned()
+            else:  # the numbers that the host has to know
+                counts = stages.count(vision, packing, config=config, method=method)
+                self.counts = np.asarray(counts)[:number]
+            if capacity is None:
+                capacity = self.shapes.of_selection(shape, int(self.counts.max()))
             selection = stages.select(
                 vision,
                 packing,
                 config=config,
                 method=method,
-                tile_capacity=tile_capacity,
                 capacity=capacity,
+                images=self.shapes.visual_slots(self.batch, self.row_images),
             )
-            return jax.block_until_ready(selection)
-
-    def _slots(self, tokens: int) -> int:
-        """Room for the patches and newlines of one image: a bucket, or all there can be."""
-        most = self.config.num_image_tokens - self.config.keep_cls
-        return most if tokens == most else min(self.buckets.fit("visual", tokens), most)
+            self._wait(selection)
+        return selection
 
     def _check_context(self, counts: np.ndarray) -> int:
         longest = max(row_lengths(self.request.rows, counts))
@@ -313,7 +353,8 @@ class Run:
             )
         return longest
 
-    def _fetch(self) -> None:
+    def fetch(self) -> None:
+        """Bring what is generated so far to the host."""
         rows = len(self.request.rows)
         fetched = jax.device_get(
             (self.state.step, self.state.tokens, self.state.lengths, self.state.done)
@@ -326,7 +367,8 @@ class Run:
         ids = self.tokens[b, : self.lengths[b]].tolist()
         text, reason = decode_text(self.processor, ids), "eos" if self.done[b] else "length"
         # Of several stop strings the one that is complete first, however far decoding went on.
-        found = [(text.find(s) + len(s), text.find(s)) for s in self.stop if s in text]
+        stop = self.options.stop
+        found = [(text.find(s) + len(s), text.find(s)) for s in stop if s in text]
         if found:
             text, reason = text[: min(found)[1]], "stop"
         return text, ids, reason
@@ -335,7 +377,7 @@ class Run:
         row = self.request.rows[b]
         text, ids, reason = self._text(b)
         first = int(self.config.keep_cls)
-        indices = self.indices if self.indices is not None else np.zeros((0, 0), np.int32)
+        indices = np.zeros((0, 0), np.int32) if self.indices is None else np.asarray(self.indices)
         kept = [indices[i, first : self.counts[i]] for i in row.images]
         return Answer(
             text=text,
@@ -355,6 +397,7 @@ class Run:
         found: dict[int, list[np.ndarray]] = {}
         if self.indices is None:
             return found
+        indices = np.asarray(self.indices)
         first = int(self.config.keep_cls)
         for layer, (positions, valid) in zip(self.schedule.layers, self.survivors, strict=True):
             # Before anything is dropped, a token's position is its slot.
@@ -366,8 +409,7 @@ class Run:
             standing = np.cumsum(self.layout.visual_index[b] >= 0)[slots[visual >= 0]] - 1
             which = np.searchsorted(np.cumsum(self.counts[images]), standing, side="right")
             found[layer] = [
-                self.indices[i, place[(which == n) & (place >= first)]]
-                for n, i in enumerate(images)
+                indices[i, place[(which == n) & (place >= first)]] for n, i in enumerate(images)
             ]
         return found
 
@@ -383,29 +425,36 @@ class Run:
         run = executed(self.config, slots, self.schedule, new_slots=new)
         return dataclasses.replace(found, executed=run)
 
-    def _timed(self, stage: str) -> "_Timer":
-        return _Timer(self.seconds, stage)
+    def _wait(self, found: Any) -> None:
+        if self.timed:
+            jax.block_until_ready(found)
+
+    @contextmanager
+    def _stage(self, name: str, **shape: Any) -> Iterator[None]:
+        """Add up a stage's seconds; under `no_compilation`, refuse shapes that are not warm."""
+        began = time.perf_counter()
+        with covered(name, shape):
+            yield
+        spent = time.perf_counter() - began
+        self.seconds[name] = self.seconds.get(name, 0.0) + spent
 
 
-class _Timer:
-    def __init__(self, seconds: dict[str, float], stage: str) -> None:
-        self.seconds, self.stage = seconds, stage
-
-    def __enter__(self) -> None:
-        self.began = time.perf_counter()
-
-    def __exit__(self, *_: Any) -> None:
-        spent = time.perf_counter() - self.began
-        self.seconds[self.stage] = self.seconds.get(self.stage, 0.0) + spent
+def eos_ids(processor: Any) -> np.ndarray:
+    """What ends an answer: int32 `[E]`."""
+    return np.asarray(processor.eos_token_ids or (-1,), np.int32)
 
 
-def _checked_stop(stop: Any) -> Sequence[str]:
-    if not isinstance(stop, list | tuple):
-        raise UserError(f"stop is {stop!r}; expected a string or a list of them.")
-    return stop
+def text_room(row: Row, config: Any) -> int:
+    """Slots of a row that are not pruned before the decoder.
+
+    The last token of a row that ends with an image counts as text, and every CLS where that
+    is a feature.
+    """
+    return text_length(row) + (not row.pieces[-1]) + config.keep_cls * len(row.images)
 
 
-def _seeds(seed: Any, rows: int) -> list[int]:
+def seeds_of(seed: Any, rows: int) -> list[int]:
+    """A seed for every row: the one that came, or the list of them."""
     if isinstance(seed, int | np.integer):
         return [int(seed)] * rows
     if isinstance(seed, list | tuple | np.ndarray):
@@ -425,44 +474,3 @@ def _resolve(method: Any, config: Any, seed: Any, options: dict[str, Any]) -> Pl
             "method=jaxprune.RandomPlaces(keep=..., seed=...)."
         )
     return resolve(method, config, **options)
-
-
-def _check_arrays(params: Mapping[str, Any], config: Any) -> None:
-    """Raise `UserError` unless bare params have the names and shapes of the config's model."""
-    expected = flat_shapes(config)
-    try:
-        found = flatten(dict(params))
-    except (AttributeError, TypeError):
-        raise UserError("params are no nested dicts of arrays; expected what load gives.") from None
-    shapes = {path: getattr(leaf, "shape", None) for path, leaf in found.items()}
-    wrong = [
-        f"{path} is {shapes.get(path, 'missing')}, expected {leaf.shape}"
-        for path, leaf in expected.items()
-        if shapes.get(path) != leaf.shape
-    ]
-    wrong += [f"{path} is unknown" for path in found if path not in expected]
-    if wrong:
-        more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise UserError(f"params do not fit the config: {'; '.join(wrong[:3])}{more}.")
-
-
-def _unpack(
-    params: Params | Mapping[str, Any], config: Any, processor: Processor | None
-) -> tuple[dict[str, Any], Any, Processor]:
-    if isinstance(params, Params):
-        config = params.config if config is None else config
-        processor = params.processor if processor is None else processor
-        params = params.arrays
-    elif not isinstance(params, Mapping):
-        raise UserError(
-            f"params is a {type(params).__name__}; expected what jaxprune.load gives, or a "
-            "nested dict of arrays."
-        )
-    elif config is None or processor is None:
-        raise UserError("Bare params need config= and processor=; jaxprune.load gives all three.")
-    else:
-        family_name(config)  # refuses what is no config
-        _check_arrays(params, config)
-    if not isinstance(processor, Processor):
-        raise UserError(f"processor is a {type(processor).__name__}; expected a Processor.")
-    return dict(params), config, processor

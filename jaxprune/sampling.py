@@ -1,10 +1,12 @@
 """The next token from logits: greedy, or temperature with top-k and top-p."""
 
 import numbers
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxprune.errors import UserError
 
@@ -20,10 +22,10 @@ class Sampling(flax.struct.PyTreeNode):
             or its place, so rows of equal seed and prompt give equal answers.
     """
 
-    temperature: jax.Array
-    top_k: jax.Array
-    top_p: jax.Array
-    seeds: jax.Array
+    temperature: Any
+    top_k: Any
+    top_p: Any
+    seeds: Any
 
 
 def make_sampling(
@@ -48,11 +50,12 @@ def make_sampling(
     for seed in seeds:
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
             raise UserError(f"seed is {seed!r}; expected a whole number from 0 to 2**32 - 1.")
+    # NumPy's, not JAX's: to make these on a device would take programs of their own.
     return Sampling(
-        temperature=jnp.float32(temperature),
-        top_k=jnp.int32(min(top_k or vocab_size, vocab_size)),
-        top_p=jnp.float32(1.0 if top_p is None else top_p),
-        seeds=jnp.asarray(seeds, jnp.uint32),
+        temperature=np.float32(temperature),
+        top_k=np.int32(min(top_k or vocab_size, vocab_size)),
+        top_p=np.float32(1.0 if top_p is None else top_p),
+        seeds=np.asarray(seeds, np.uint32),
     )
 
 

@@ -1,21 +1,15 @@
 """A decoder-side method on one batch: static lengths from buckets, exact counts from rows."""
 
-from typing import NamedTuple
+import functools
 
 import numpy as np
 
 from jaxprune.methods.base import DecoderMethod, Depth, removed_table
 from jaxprune.ops.schedule import QUESTION, VISUAL, Schedule
-from jaxprune.shapes import few_lengths
+from jaxprune.shapes import Lengths, few_lengths
 
 
-class Lengths(NamedTuple):
-    """What a batch has room for: text tokens, and visual tokens of all images, of a row."""
-
-    text: int
-    visual: int
-
-
+@functools.lru_cache(maxsize=256)
 def gather_schedule(
     method: DecoderMethod, depth: Depth, room: Lengths, *, distinct: int | None
 ) -> Schedule:

@@ -56,26 +56,22 @@ def encode(
 @functools.partial(jax.jit, static_argnames=("config", "method"))
 def count(
     vision: VisionOutput, packing: Packing, *, config: Any, method: VisionMethod
-) -> tuple[jax.Array, jax.Array]:
-    """How many visual tokens a method leaves of each image, and patches of each tile.
-
-    Returns:
-        int32 `[I]` and `[F]`.
-    """
-    chosen, inside = _choose(_without_cls(vision, config)[1], packing, method)
+) -> jax.Array:
+    """How many visual tokens a method leaves of each image: int32 `[I]`."""
+    chosen, _ = _choose(_without_cls(vision, config)[1], packing, method)
     left = line_up(chosen, packing, extra_tokens=method.merges, capacity=1)
-    return left.counts + config.keep_cls, by_tile(chosen.kept & inside, packing).sum(-1)
+    return left.counts + config.keep_cls
 
 
-@functools.partial(jax.jit, static_argnames=("config", "method", "tile_capacity", "capacity"))
+@functools.partial(jax.jit, static_argnames=("config", "method", "capacity", "images"))
 def select(
     vision: VisionOutput,
     packing: Packing,
     *,
     config: Any,
     method: VisionMethod | None,
-    tile_capacity: int,
     capacity: int,
+    images: int,
 ) -> Selection:
     """The visual tokens that a method leaves, as the decoder reads them.
 
@@ -84,8 +80,8 @@ def select(
         packing: how they make up the images.
         config: the model's.
         method: what chooses and merges; None keeps everything.
-        tile_capacity: slots for the merged patches of a tile.
         capacity: slots for each image.
+        images: how many images the result has room for.
     """
     cls, vision = _without_cls(vision, config)
     chosen, inside = _choose(vision, packing, method)
@@ -94,13 +90,14 @@ def select(
     left = line_up(chosen, packing, extra_tokens=merges, capacity=room)
     number, place = jnp.divmod(jnp.maximum(left.indices, 0), vision.features.shape[1])
     number = jnp.where(left.extra < 0, number, left.extra)
-    images = jnp.arange(len(packing.tile))[:, None]
-    tile = jnp.maximum(packing.tile, 0)[images, number]  # [I, K]
+    own = jnp.arange(len(packing.tile))[:, None]
+    tile = jnp.maximum(packing.tile, 0)[own, number]  # [I, K]
     if not merges:
         tokens = vision.features[tile, place]
     else:
         assert method is not None
         stays = by_tile(chosen.kept & inside, packing)  # [F, N]
+        tile_capacity = min(capacity, stays.shape[1])
         merged, extra = method.merge_tokens(
             vision, by_tile(chosen.kept, packing), nonzero_first(stays, tile_capacity)
         )
@@ -108,13 +105,14 @@ def select(
         which = jnp.where(left.extra < 0, which, tile_capacity)
         pool = jnp.concatenate([merged, extra[:, None]], axis=1)  # [F, tile_capacity + 1, C]
         tokens = pool[tile, which].astype(vision.features.dtype)
-    if not config.keep_cls:
-        return Selection(tokens, left.counts, left.indices)
-    own = cls[jnp.maximum(packing.tile[:, 0], 0)]
-    return Selection(
-        tokens=jnp.concatenate([own, tokens], axis=1),
-        counts=left.counts + 1,
-        indices=jnp.pad(left.indices, ((0, 0), (1, 0)), constant_values=NO_PATCH),
+    counts, indices = left.counts, left.indices
+    if config.keep_cls:
+        first = cls[jnp.maximum(packing.tile[:, 0], 0)]
+        tokens, counts = jnp.concatenate([first, tokens], axis=1), counts + 1
+        indices = jnp.pad(indices, ((0, 0), (1, 0)), constant_values=NO_PATCH)
+    found = Selection(tokens, counts, indices)
+    return jax.tree.map(
+        lambda x: jnp.pad(x, [(0, images - len(x))] + [(0, 0)] * (x.ndim - 1)), found
     )
 
 

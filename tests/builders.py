@@ -18,7 +18,8 @@ from jaxprune.models.clip import ClipVisionConfig
 from jaxprune.models.llama import LlamaConfig
 from jaxprune.models.registry import family, family_name
 from jaxprune.processing import processor_files
-from jaxprune.run import Run
+from jaxprune.request import make_request
+from jaxprune.run import Run, make_options
 
 
 def tiny_config(*, vision=None, text=None, **fields):
@@ -186,20 +187,20 @@ def forward_logits(params, config, pixels, token_ids, images_at):
 def start(model, image, prompt, *, method="none", buckets=None, chat=True, **fields):
     """A request after its prefill."""
     limit, temperature = fields.pop("max_new_tokens", 8), fields.pop("temperature", 0.0)
-    run = Run(
-        model,
-        image,
-        prompt,
+    options = make_options(
+        model.config,
         method=method,
         method_options=fields,
         max_new_tokens=limit,
-        sampling_options={"temperature": temperature, "top_k": None, "top_p": None},
+        temperature=temperature,
+        top_k=None,
+        top_p=None,
         seed=0,
         stop=(),
         chat=chat,
-        config=None,
-        processor=None,
         buckets=buckets or jaxprune.Buckets(),
     )
+    request = make_request(model.processor, image, prompt, chat=chat)
+    run = Run(model, options, request, [0] * len(request.rows))
     run.start()
     return run

@@ -17,7 +17,8 @@ from jaxprune.models.llama import LlamaConfig, LlamaDecoder, Tokens
 from jaxprune.models.llava import LlavaConfig
 from jaxprune.ops import attention
 from jaxprune.ops.schedule import NO_CUTS
-from jaxprune.schedules import Lengths, gather_schedule
+from jaxprune.schedules import gather_schedule
+from jaxprune.shapes import Lengths
 from tests.builders import start
 from tests.test_generate import picture
 

@@ -1,3 +1,5 @@
+import dataclasses
+
 import chex
 import jax
 import numpy as np
@@ -190,7 +192,7 @@ def test_rows_that_pad_the_batch_do_not_prolong_it(small_model, held_out):
 
 def test_the_longest_possible_stop_string_is_held_back(tiny_model):
     run = start(tiny_model, picture(0), "What?")
-    run.stop = ["b!", "ab?"]
+    run.options = dataclasses.replace(run.options, stop=("b!", "ab?"))
     assert run.safe_part("xab") == "x"
 
 

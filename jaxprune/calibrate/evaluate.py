@@ -25,8 +25,8 @@ from jaxprune.ops.visual import Selection
 from jaxprune.processing import pixel_values
 from jaxprune.progress import track
 from jaxprune.request import Layout, Row, lay_out, make_request, text_length
-from jaxprune.schedules import Lengths, candidates_left, mask_schedule
-from jaxprune.shapes import DEFAULT_BUCKETS
+from jaxprune.schedules import candidates_left, mask_schedule
+from jaxprune.shapes import DEFAULT_BUCKETS, Lengths
 
 METRICS = ("accuracy", "logprob")
 
@@ -147,7 +147,12 @@ def encode_samples(
         packing = pack_tilings(tilings[own], **shape)
         vision = stages.encode(params.arrays, pixels, config=config, signals=signals)
         visual = stages.select(
-            vision, packing, config=config, method=None, tile_capacity=0, capacity=int(tokens.max())
+            vision,
+            packing,
+            config=config,
+            method=None,
+            capacity=int(tokens.max()),
+            images=batch_size,
         )
         patches = patches_of(vision.signals, packing, config.vision_config.num_patches)
         each = [Row(row.pieces, [i], row.answer) for i, row in enumerate(part)]

@@ -14,7 +14,7 @@ from jaxprune.checkpoints_convert.plan import Plan, make_plan, unflatten
 from jaxprune.errors import UserError
 from jaxprune.json_file import read_json
 from jaxprune.models.registry import CONFIGS
-from jaxprune.partition import sharding_of
+from jaxprune.partition import check_mesh, sharding_of
 from jaxprune.progress import track
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -47,11 +47,11 @@ def load_checkpoint(
     Raises:
         UserError: for anything wrong with the directory; see `make_plan`.
     """
-    if mesh is not None and not isinstance(mesh, jax.sharding.Mesh):
-        raise UserError(f"mesh is a {type(mesh).__name__}; expected a jax.sharding.Mesh.")
     directory = existing_directory(directory)
     dtype = _resolve_dtype(dtype, directory)
     config = read_config(directory, dtype=dtype, vision_tower=vision_tower)
+    if mesh is not None:
+        mesh = check_mesh(mesh, config)
     plan = plan_with_tower(directory, config, vision_tower)
     numpy_dtype = numpy_dtype_of(dtype)
 

@@ -95,11 +95,11 @@ def causal_attention(
 
 
 def cached_attention(q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array) -> jax.Array:
-    """One query a row against a cache, whose rows and key/value heads are one axis.
+    """One query a row against a cache, whose rows and key/value heads may be one axis.
 
     Args:
         q: `[B, H, 1, d]`.
-        k: `[B * H / G, S, d]`.
+        k: `[B * H / G, S, d]` or `[B, H / G, S, d]`.
         v: as `k`.
         valid: bool `[B, S]`.
 
@@ -107,13 +107,13 @@ def cached_attention(q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array)
         `[B, H, 1, d]` in the dtype of `v`.
     """
     B, H, _, d = q.shape
-    N, S, _ = k.shape
-    logits = jnp.einsum(
-        "ngd,nsd->ngs", q.reshape(N, -1, d), k, preferred_element_type=jnp.float32
-    ).reshape(B, H, S)
-    logits = jnp.where(valid[:, None], logits * d**-0.5, _LEAST)
+    *rows, S, _ = k.shape
+    grouped = q.reshape(*rows, -1, d)
+    logits = jnp.einsum("...gd,...sd->...gs", grouped, k, preferred_element_type=jnp.float32)
+    logits = jnp.where(valid[:, None], logits.reshape(B, H, S) * d**-0.5, _LEAST)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    return jnp.einsum("ngs,nsd->ngd", weights.reshape(N, -1, S), v).reshape(B, H, 1, -1)
+    out = jnp.einsum("...gs,...sd->...gd", weights.reshape(*rows, -1, S), v)
+    return out.reshape(B, H, 1, -1)
 
 
 def _by_chunks(

@@ -35,14 +35,14 @@ def select(method, features, signals, *, tilings=None, capacity=None, **sizes):
     N = features.shape[1]
     packing = packing_of(tilings or [one_tile(N)] * len(features), **sizes)
     vision = VisionOutput(features, signals)
-    counts, kept = stages.count(vision, packing, config=Config(), method=method)
+    counts = stages.count(vision, packing, config=Config(), method=method)
     return stages.select(
         vision,
         packing,
         config=Config(),
         method=method,
-        tile_capacity=max(1, int(kept.max())),
         capacity=capacity or int(counts.max()),
+        images=len(packing.tile),
     )
 
 

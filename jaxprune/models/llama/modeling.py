@@ -42,6 +42,7 @@ class LayerCache(flax.struct.PyTreeNode):
     Attributes:
         k: `[B * key/value heads, S + new, d]`, rotated. One axis for rows and heads is what
             a batched product takes: with two, XLA on a CPU copies the cache at every step.
+            On a device mesh it is two, `[B, key/value heads, S + new, d]`, each on its own axis.
         v: as `k`.
         valid: bool `[B, S + new]`. Every layer has its own, so that all can be donated.
         length: int32 `[]`, S: generated token i goes to slot S + i of every row.
@@ -186,11 +187,11 @@ class LlamaLayer(nn.Module):
         q, k, v = self.self_attn.qkv(self.input_layernorm(x), positions, inv_freq)
         slot = cache.length + step
         seen = jnp.ones((x.shape[0], 1), bool)
-        update = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=1)
+        update = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot)
         cache = cache.replace(
-            k=update(cache.k, _merge_heads(k)),
-            v=update(cache.v, _merge_heads(v)),
-            valid=update(cache.valid, seen),
+            k=update(cache.k, _merge_heads(k), axis=cache.k.ndim - 2),
+            v=update(cache.v, _merge_heads(v), axis=cache.v.ndim - 2),
+            valid=update(cache.valid, seen, axis=1),
         )
         return join_heads(cached_attention(q, cache.k, cache.v, cache.valid)), cache
 
@@ -298,15 +299,19 @@ class LlamaDecoder(nn.Module):
 
 
 def _merge_heads(x: jax.Array) -> jax.Array:
-    """`[B, key/value heads, S, d]` -> `[B * key/value heads, S, d]`."""
-    return x.reshape(-1, *x.shape[2:])
+    """`[B, key/value heads, S, d]` -> `[B * key/value heads, S, d]`, but not on a mesh."""
+    on_mesh = not jax.sharding.get_abstract_mesh().empty
+    return x if on_mesh else x.reshape(-1, *x.shape[2:])
 
 
 def _new_cache(k: jax.Array, v: jax.Array, valid: jax.Array, new_slots: int) -> LayerCache:
-    room = ((0, 0), (0, new_slots), (0, 0))
+    def with_room(x: jax.Array, axis: int) -> jax.Array:
+        return jnp.pad(x, [(0, new_slots if i == axis else 0) for i in range(x.ndim)])
+
+    k, v = _merge_heads(k), _merge_heads(v)
     return LayerCache(
-        k=jnp.pad(_merge_heads(k), room),
-        v=jnp.pad(_merge_heads(v), room),
-        valid=jnp.pad(valid, ((0, 0), (0, new_slots))),
+        k=with_room(k, k.ndim - 2),
+        v=with_room(v, v.ndim - 2),
+        valid=with_room(valid, 1),
         length=jnp.asarray(valid.shape[1], jnp.int32),
     )

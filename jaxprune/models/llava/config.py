@@ -58,7 +58,17 @@ class LlavaConfig:
 
     @property
     def num_image_tokens(self) -> int:
-        """Visual tokens of one image before pruning."""
+        """Visual tokens of the image that has the most of them, before pruning."""
+        return self.most_tokens(self.most_tiles)
+
+    @property
+    def most_tiles(self) -> int:
+        """Tiles of the image that has the most of them."""
+        return 1
+
+    def most_tokens(self, tiles: int) -> int:
+        """The most visual tokens that an image of up to so many tiles has before pruning."""
+        del tiles
         return self.vision_config.num_patches + self.keep_cls
 
     @property

@@ -45,9 +45,18 @@ class LlavaNextConfig(LlavaConfig):
                 )
 
     @property
-    def num_image_tokens(self) -> int:
-        """Visual tokens of the image that has the most of them, before pruning."""
-        return max(self.tiling(*point).num_tokens for point in self.image_grid_pinpoints)
+    def most_tiles(self) -> int:
+        return max(tiling.tiles for tiling in self._fullest())
+
+    def most_tokens(self, tiles: int) -> int:
+        """The most visual tokens that an image of up to so many tiles has before pruning."""
+        fullest = self._fullest()
+        fewest = min(tiling.tiles for tiling in fullest)
+        return max(t.num_tokens for t in fullest if t.tiles <= max(tiles, fewest))
+
+    def _fullest(self) -> list[Tiling]:
+        """For each choice the tiling of an image that needs no padding there."""
+        return [self.tiling(*point) for point in self.image_grid_pinpoints]
 
     @property
     def one_tile(self) -> bool:

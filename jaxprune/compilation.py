@@ -1,0 +1,102 @@
+"""XLA compilations: counting them, and forbidding them once everything is warm."""
+
+import contextlib
+import functools
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from jaxprune.errors import UserError
+
+# What JAX reports whenever a program was made, from source or from the persistent cache.
+_EVENT = "/jax/core/compile/backend_compile_duration"
+
+
+class _Thread(threading.local):
+    """A thread compiles what it calls: what it has made so far, and whether it may."""
+
+    def __init__(self) -> None:
+        self.programs: list[str] = []
+        self.seconds = 0.0
+        self.forbidden = False
+
+
+_thread = _Thread()
+
+
+@functools.cache
+def _listen() -> None:
+    def made(event: str, duration_secs: float, **details: str | int) -> None:
+        if event == _EVENT:
+            _thread.programs.append(str(details.get("fun_name", "a program")))
+            _thread.seconds += duration_secs
+
+    jax.monitoring.register_event_duration_secs_listener(made)
+
+
+class Compilations:
+    """The XLA programs that this thread has made since an instant.
+
+    Attributes:
+        programs: their names, oldest first.
+        seconds: what XLA took.
+    """
+
+    def __init__(self) -> None:
+        _listen()
+        self._first, self._before = len(_thread.programs), _thread.seconds
+
+    @property
+    def programs(self) -> list[str]:
+        return _thread.programs[self._first :]
+
+    @property
+    def seconds(self) -> float:
+        return _thread.seconds - self._before
+
+    def __len__(self) -> int:
+        return len(_thread.programs) - self._first
+
+
+@contextlib.contextmanager
+def no_compilation() -> Iterator[Compilations]:
+    """A context in which every XLA compilation of this thread is an error.
+
+    What `warmup` covered runs as before. A request that needs another program raises behind
+    the compilation, naming the stage and the shape; the program is then there for the next one.
+
+    Yields:
+        `Compilations`, whose length stays 0.
+
+    Raises:
+        jaxprune.UserError: for a compilation.
+    """
+    found, before = Compilations(), _thread.forbidden
+    _thread.forbidden = True
+    try:
+        yield found
+        if len(found):
+            raise UserError(
+                f"{len(found)} XLA programs were made where none is allowed: "
+                f"{', '.join(found.programs[:3])}."
+            )
+    finally:
+        _thread.forbidden = before
+
+
+@contextlib.contextmanager
+def covered(stage: str, shape: dict[str, Any]) -> Iterator[None]:
+    """Raise `UserError` when a stage compiles under `no_compilation`, and say for which shape."""
+    if not _thread.forbidden:
+        yield
+        return
+    found = Compilations()
+    yield
+    if len(found):
+        sizes = ", ".join(f"{name}={value}" for name, value in shape.items())
+        raise UserError(
+            f"The stage {stage!r} had to be compiled for {sizes}, which no_compilation forbids; "
+            "pass warmup the same method and buckets that hold this shape."
+        )

@@ -1,0 +1,199 @@
+"""`generate_many`: a stream of requests, run in batches of those that share a shape."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from typing import Any
+
+from jaxprune.errors import UserError
+from jaxprune.generate import finish
+from jaxprune.loading import Params, complete
+from jaxprune.processing import Processor
+from jaxprune.progress import track
+from jaxprune.request import Request, Row, make_request
+from jaxprune.run import Options, Run, make_options, seeds_of, text_room
+from jaxprune.shapes import DEFAULT_BUCKETS, Buckets
+
+WINDOW = 16  # batches that are read ahead, to find requests that go together
+
+
+@dataclasses.dataclass(frozen=True)
+class _Waiting:
+    """A request that is checked and tokenised.
+
+    Attributes:
+        index: its place among all.
+        request: one row and its images.
+        options: what it asks for.
+        seed: of its draws.
+        shape: text bucket, images, and the bucket of their tiles.
+    """
+
+    index: int
+    request: Request
+    options: Options
+    seed: int
+    shape: tuple[int, int, int]
+
+
+def generate_many(
+    params: Params | Mapping[str, Any],
+    requests: Iterable[Any],
+    *,
+    method: Any = "none",
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    stop: str | list[str] | tuple[str, ...] = (),
+    chat: bool = True,
+    batch_size: int = 8,
+    return_details: bool = False,
+    return_errors: bool = False,
+    config: Any = None,
+    processor: Processor | None = None,
+    buckets: Buckets = DEFAULT_BUCKETS,
+    show_progress: bool | None = None,
+    **method_options: Any,
+) -> Iterator[Any]:
+    """Answer many requests, in their order, each as soon as it and those before it are done.
+
+    Requests that share their options and the buckets of their sizes run together. A window of
+    16 batches is read ahead, so `requests` may be endless.
+
+    Args:
+        params, config, processor, buckets: as for `generate`.
+        requests: pairs (image, prompt), or dicts with "prompt", "image" and any of
+            "max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop" and "chat", which
+            then go before the arguments of that name. An image is None, one, or a list for a
+            prompt with several.
+        method, method_options: as for `generate`, the same for all.
+        max_new_tokens, temperature, top_k, top_p, seed, stop, chat: as for `generate`.
+        batch_size: prompts that run together, at most.
+        return_details: `Answer` objects instead of strings.
+        return_errors: give the `UserError` of a request that cannot be served in its place
+            and go on; without, it is raised when its turn comes.
+        show_progress: a bar on stderr; None shows it in a terminal.
+
+    Yields:
+        A string, `Answer` or `UserError` for every request.
+
+    Raises:
+        jaxprune.UserError: for arguments that are wrong for all requests, at the first answer.
+    """
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise UserError(f"batch_size is {batch_size!r}; expected a whole number, 1 or more.")
+    if isinstance(requests, str | bytes | Mapping) or not isinstance(requests, Iterable):
+        raise UserError(
+            f"requests is a {type(requests).__name__}; expected pairs (image, prompt) or dicts."
+        )
+    fields = {
+        "method": method, "method_options": method_options, "max_new_tokens": max_new_tokens,
+        "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "stop": stop,
+        "chat": chat, "buckets": buckets,
+    }  # fmt: skip
+    model = complete(params, config, processor)
+    make_options(model.config, **fields)  # a mistake shows before anything is read
+    buckets.fit("batch", batch_size)
+    total = len(requests) if isinstance(requests, Sized) else None
+    results = _in_order(model, iter(requests), fields, batch_size, return_details)
+    if total is not None:
+        results = track(results, "Answering", total, show=show_progress)
+    return _delivered(results, return_errors)
+
+
+def _delivered(results: Iterator[Any], return_errors: bool) -> Iterator[Any]:
+    for result in results:
+        if isinstance(result, UserError) and not return_errors:
+            raise result
+        yield result
+
+
+def _in_order(
+    model: Params,
+    requests: Iterator[Any],
+    fields: dict[str, Any],
+    batch_size: int,
+    details: bool,
+) -> Iterator[Any]:
+    """The results of all requests, errors included."""
+    numbered = enumerate(requests)
+    waiting: list[_Waiting] = []
+    ready: dict[int, Any] = {}
+    for due in itertools.count():
+        while due not in ready:
+            for index, request in itertools.islice(numbered, WINDOW * batch_size - len(waiting)):
+                try:
+                    waiting.append(_check(model, index, request, fields))
+                except UserError as error:
+                    ready[index] = error
+            if not waiting:
+                break
+            first = waiting[0]
+            same = [w for w in waiting if (w.options, w.shape) == (first.options, first.shape)]
+            same = same[:batch_size]
+            taken = {w.index for w in same}
+            waiting = [w for w in waiting if w.index not in taken]
+            ready |= _run(model, same, details)
+        if due not in ready:
+            return
+        yield ready.pop(due)
+
+
+def _check(model: Params, index: int, request: Any, fields: dict[str, Any]) -> _Waiting:
+    """One request, tokenised and its images loaded."""
+    if isinstance(request, Mapping):
+        own = {"image": None, **request}
+    elif isinstance(request, tuple | list) and len(request) == 2:
+        own = {"image": request[0], "prompt": request[1]}
+    else:
+        raise UserError(
+            f"Request {index + 1} is a {type(request).__name__}; expected (image, prompt) or a "
+            "dict."
+        )
+    allowed = {"image", "prompt", *fields} - {"method", "method_options", "buckets"}
+    unknown = sorted(set(own) - allowed)
+    if unknown:
+        raise UserError(
+            f"Request {index + 1} has unknown {', '.join(map(str, unknown))}; expected some of: "
+            f"{', '.join(sorted(allowed))}."
+        )
+    image, prompt = own.pop("image"), own.pop("prompt", None)
+    fields = {**fields, **own}
+    assert model.processor is not None
+    options = make_options(model.config, **fields)
+    images = [image] if isinstance(image, list | tuple) else image
+    prompts = [prompt] if images is not image else prompt
+    made = make_request(model.processor, images, prompts, chat=options.chat)
+    if len(made.rows) != 1:
+        raise UserError(f"Request {index + 1} has {len(made.rows)} prompts; expected one.")
+    seeds = seeds_of(fields["seed"], 1)
+    if len(seeds) != 1:
+        raise UserError(f"Request {index + 1} has {len(seeds)} seeds; expected one.")
+    tilings = [model.config.tiling(image.height, image.width) for image in made.images]
+    fit, row = options.buckets.fit, made.rows[0]
+    tiles = fit("image_tiles", max((tiling.tiles for tiling in tilings), default=1))
+    shape = (fit("text", text_room(row, model.config)), len(row.images), tiles)
+    return _Waiting(index, made, options, seeds[0], shape)
+
+
+def _run(model: Params, batch: list[_Waiting], details: bool) -> dict[int, Any]:
+    """The results of requests of one shape, by their place."""
+    rows: list[Row] = []
+    images: list[Any] = []
+    for waiting in batch:
+        row = waiting.request.rows[0]
+        rows.append(Row(row.pieces, [i + len(images) for i in row.images]))
+        images += waiting.request.images
+    seeds = [waiting.seed for waiting in batch]
+    try:
+        run = Run(model, batch[0].options, Request(rows, images, False), seeds, timed=details)
+        finish(run)
+    except UserError as error:
+        if len(batch) == 1:
+            return {batch[0].index: error}
+        # One of them is at fault; alone, the others get their answers.
+        return {k: v for waiting in batch for k, v in _run(model, [waiting], details).items()}
+    answers = run.answers() if details else run.texts()
+    return {waiting.index: answer for waiting, answer in zip(batch, answers, strict=True)}

@@ -1,0 +1,128 @@
+"""`generate_many`: order, batches, errors in their place."""
+
+import itertools
+
+import pytest
+from PIL import Image
+
+import jaxprune
+from jaxprune import many
+from tests.test_generate import picture
+
+
+def requests(number):
+    prompts = [
+        "What?",
+        "Where is the red circle, and why is it there, of all places, do you think?",
+    ]
+    return [(picture(i), prompts[i % 2] if i % 3 else "a b c") for i in range(number)]
+
+
+def batches(monkeypatch):
+    """The sizes of the batches that run from here on."""
+    sizes, run = [], many._run
+
+    def spy(model, batch, details):
+        sizes.append(len(batch))
+        return run(model, batch, details)
+
+    monkeypatch.setattr(many, "_run", spy)
+    return sizes
+
+
+def test_answers_are_those_of_single_requests(tiny_model, monkeypatch):
+    sizes = batches(monkeypatch)
+    some = requests(7)
+    found = list(
+        jaxprune.generate_many(tiny_model, some, method="prumerge", max_new_tokens=4, batch_size=4)
+    )
+    alone = [
+        jaxprune.generate(tiny_model, *request, method="prumerge", max_new_tokens=4)
+        for request in some
+    ]
+    assert found == alone
+    assert sum(sizes) == 7 and max(sizes) == 4
+
+
+def test_own_options(tiny_model):
+    some = [
+        {"prompt": "What?", "image": picture(0), "max_new_tokens": 2},
+        {"prompt": "Hello"},
+        {"prompt": "<image> and <image>?", "image": [picture(0), picture(1)]},
+    ]
+    found = list(jaxprune.generate_many(tiny_model, some, max_new_tokens=5, return_details=True))
+    assert [len(answer.visual_tokens) for answer in found] == [1, 0, 2]
+    for answer, request, limit in zip(found, some, (2, 5, 5), strict=True):
+        images = request.get("image")
+        images = [images] if isinstance(images, list) else images
+        prompt = [request["prompt"]] if isinstance(images, list) else request["prompt"]
+        alone = jaxprune.generate(
+            tiny_model, images, prompt, max_new_tokens=limit, return_details=True
+        )
+        alone = alone[0] if isinstance(alone, list) else alone
+        assert answer.token_ids == alone.token_ids
+        assert len(answer.token_ids) <= limit
+
+
+def test_draws_do_not_depend_on_the_batch(tiny_model):
+    some = [{"prompt": "What?", "image": picture(0), "seed": i} for i in range(3)]
+    options = {"temperature": 1.0, "max_new_tokens": 6}
+    found = list(jaxprune.generate_many(tiny_model, some, **options))
+    alone = [
+        jaxprune.generate(tiny_model, r["image"], r["prompt"], seed=r["seed"], **options)
+        for r in some
+    ]
+    assert found == alone
+
+
+def test_errors_come_in_their_place(tiny_model):
+    some = requests(6)
+    some[1] = ("missing.png", "What?")
+    some[3] = (picture(0), "word " * 400)  # over the context: found when its batch runs
+    some[4] = 5
+    found = list(jaxprune.generate_many(tiny_model, some, max_new_tokens=2, return_errors=True))
+    assert [isinstance(f, jaxprune.UserError) for f in found] == [
+        False, True, False, True, True, False,
+    ]  # fmt: skip
+    stream = jaxprune.generate_many(tiny_model, some, max_new_tokens=2)
+    assert next(stream) == found[0]
+    with pytest.raises(jaxprune.UserError, match=r"missing\.png"):
+        next(stream)
+
+
+def test_endless_requests(tiny_model):
+    image = picture(0)
+    endless = ((image, "What?") for _ in itertools.count())
+    found = jaxprune.generate_many(tiny_model, endless, max_new_tokens=1, batch_size=2)
+    assert len(set(itertools.islice(found, 5))) == 1
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"requests": "abc"}, "requests is a str"),
+        ({"requests": {"prompt": "a"}}, "requests is a dict"),
+        ({"requests": 5}, "requests is a int"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"batch_size": 1000}, "over the largest bucket 64"),
+        ({"method": "prumrge"}, "Did you mean 'prumerge'"),
+    ],
+)
+def test_mistakes_for_all(change, message, tiny_model):
+    with pytest.raises(jaxprune.UserError, match=message):
+        jaxprune.generate_many(tiny_model, **{"requests": [(None, "Hi")], **change})
+
+
+@pytest.mark.parametrize(
+    "request_, message",
+    [
+        ({"prompt": "a", "colour": 1}, "unknown colour"),
+        ({"prompt": ["a", "b"], "image": Image.new("RGB", (9, 9))}, "2 prompts"),
+        ({"image": Image.new("RGB", (9, 9))}, "no prompt"),
+        ({"prompt": "a", "max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"prompt": "a", "seed": [1, 2]}, "has 2 seeds"),
+    ],
+)
+def test_mistakes_in_one(request_, message, tiny_model):
+    with pytest.raises(jaxprune.UserError, match=message):
+        list(jaxprune.generate_many(tiny_model, [request_]))

@@ -1,0 +1,137 @@
+"""After a warm-up nothing compiles, whatever requests come within its buckets."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import jaxprune
+from jaxprune.shapes import Shapes
+from tests import builders
+
+BUCKETS = jaxprune.Buckets(
+    batch=(2, 4), images=(1, 4), row_images=(1,), text=(64,), visual=(16, 24, 64, 128),
+    new_tokens=(8,),
+)  # fmt: skip
+METHODS = {
+    "none": {},
+    "prumerge": {},
+    "prumerge_plus fixed": {"method": "prumerge_plus", "keep": 6},
+    "random": {"keep": 5},
+    "iti": {},
+    "fitprune": {"deletions": (3, 5, 2), "num_tokens": 16},
+    "gsearch": {"keep_rates": (1.0, 0.6, 0.2)},
+    "vtw": {},
+    "adaptive pair": {"method": ("prumerge", "gsearch"), "keep_rates": (1.0, 0.5, 0.5)},
+}
+
+
+@pytest.fixture(scope="module")
+def tiled_model(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("warm") / "m"
+    builders.write_directory(directory, builders.tiny_next_config())
+    return jaxprune.load(directory)
+
+
+def picture(rng):
+    height, width = rng.integers(20, 140, size=2)
+    return Image.fromarray(rng.integers(0, 256, size=(height, width, 3), dtype=np.uint8))
+
+
+def ask_at_random(model, options, number, *, temperature=0.0, most=4):
+    """Requests of all sizes that the buckets hold, of up to `most` rows."""
+    rng = np.random.default_rng(0)
+    for _ in range(number):
+        rows = int(rng.integers(1, most + 1))
+        images = [picture(rng) for _ in range(rows)]
+        if rng.random() < 0.3:
+            images = [images[0]] * rows
+        prompts = ["a " * int(rng.integers(1, 20)) for _ in range(rows)]
+        limit = int(rng.integers(1, 9))
+        jaxprune.generate(
+            model, images, prompts, max_new_tokens=limit, temperature=temperature,
+            buckets=BUCKETS, **options,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_nothing_compiles_behind_it(name, tiny_model):
+    options = {"method": name, **METHODS[name]}
+    report = jaxprune.warmup(tiny_model, buckets=BUCKETS, **options)
+    assert report.combinations > 0
+    with jaxprune.no_compilation() as compilations:
+        ask_at_random(tiny_model, options, 12)
+    assert len(compilations) == 0
+
+
+@pytest.mark.parametrize("name", ["none", "prumerge"])
+def test_nothing_compiles_behind_it_with_tiles(name, tiled_model):
+    options, buckets = {"method": name}, BUCKETS.up_to(batch=2)
+    jaxprune.warmup(tiled_model, buckets=buckets, **options)
+    with jaxprune.no_compilation():
+        ask_at_random(tiled_model, options, 12, most=2)
+
+
+def test_text_alone_draws_and_streams(tiny_model):
+    jaxprune.warmup(tiny_model, buckets=BUCKETS, text_only=True, sampled=True)
+    with jaxprune.no_compilation():
+        ask_at_random(tiny_model, {}, 4, temperature=0.7)
+        jaxprune.generate(tiny_model, None, "Hello", max_new_tokens=3, buckets=BUCKETS)
+        list(jaxprune.stream(tiny_model, None, "Hello", max_new_tokens=3, buckets=BUCKETS))
+
+
+def test_a_second_warm_up_makes_nothing(tiny_model):
+    jaxprune.warmup(tiny_model, buckets=BUCKETS)
+    report = jaxprune.warmup(tiny_model, buckets=BUCKETS)
+    assert report.programs == {}
+    assert "all there already" in str(report)
+
+
+def test_what_is_not_covered_is_named(tiny_model):
+    image = picture(np.random.default_rng(0))
+    jaxprune.generate(tiny_model, image, "a", max_new_tokens=2)
+    with (
+        pytest.raises(jaxprune.UserError, match=r"'prefill' had to be compiled for batch=1, te"),
+        jaxprune.no_compilation(),
+    ):
+        buckets = jaxprune.Buckets(text=(64, 99))
+        jaxprune.generate(tiny_model, image, "a " * 80, max_new_tokens=2, buckets=buckets)
+
+
+def test_other_compilations_are_named_at_the_end():
+    import jax
+
+    with (
+        pytest.raises(jaxprune.UserError, match=r"1 XLA programs were made .*: jit\(odd_name\)"),
+        jaxprune.no_compilation(),
+    ):
+
+        def odd_name(x):
+            return x * 3 + 1
+
+        jax.jit(odd_name)(np.zeros(7, np.float32))
+
+
+def test_bounds_of_the_lists():
+    cut = jaxprune.Buckets().up_to(batch=3, text=100)
+    assert cut.batch == (1, 2, 4)
+    assert cut.text == (32, 64, 128)
+    assert cut.visual == jaxprune.Buckets().visual
+    with pytest.raises(jaxprune.UserError, match="'rows' is no dimension"):
+        jaxprune.Buckets().up_to(rows=3)
+    with pytest.raises(jaxprune.UserError, match="over the largest bucket 64"):
+        jaxprune.Buckets().up_to(batch=65)
+
+
+@pytest.mark.parametrize("name", ["none", "prumerge"])
+def test_every_size_is_one_that_is_listed(name, tiled_model):
+    method = None if name == "none" else jaxprune.PruMerge()
+    shapes = Shapes(jaxprune.Buckets(), tiled_model.config, method)
+    every = shapes.every_image()
+    rng = np.random.default_rng(1)
+    for _ in range(200):
+        height, width = map(int, rng.integers(8, 300, size=2))
+        tiling = tiled_model.config.tiling(height, width)
+        shape = shapes.of_images(1, tiling.tiles)
+        assert shape in every
+        assert shape.slots >= tiling.num_tokens
+        assert shapes.of_selection(shape, tiling.num_tokens) in shapes.every_selection(shape)
