@@ -20,7 +20,7 @@ from rich.progress import track
 import jaxprune
 from jaxprune import scenes
 
-BATCH = 50
+BATCH = 64
 console = Console(stderr=True)
 
 

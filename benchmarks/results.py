@@ -26,6 +26,7 @@ import jaxprune
 from jaxprune import scenes
 from jaxprune.calibrate import encode_samples, evaluate, scene_samples
 from jaxprune.calibrate.fitprune import FitSchedule
+from jaxprune.compilation import Compilations
 from jaxprune.methods import FitPrune, depth_of, resolve
 from jaxprune.ops.schedule import AFTER_ATTENTION, Schedule, Score
 from jaxprune.plots import figure
@@ -34,19 +35,10 @@ from jaxprune.schedules import candidates_left, mask_schedule
 COMMENT = "## What holds, and what does not"
 BUDGETS = (0.5, 0.25, 0.125, 0.0625)
 console = Console(stderr=True)
-COMPILATIONS: list[str] = []
 COLORS = [
     *("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2"),
     *("#7f7f7f", "#bcbd22", "#17becf", "#000080", "#008060", "#a05000", "#404040"),
 ]
-
-
-def note_compilation(event: str, duration: float, **_: Any) -> None:
-    if event == "/jax/core/compile/backend_compile_duration":
-        COMPILATIONS.append(event)
-
-
-jax.monitoring.register_event_duration_secs_listener(note_compilation)
 
 
 class Store:
@@ -97,9 +89,9 @@ def settings(params: Any, store: Store) -> list[tuple[str, str, dict[str, Any]]]
 
         def make() -> dict[str, Any]:
             jax.clear_caches()  # so that a search's own compilations are counted
-            before = len(COMPILATIONS)
+            compilations = Compilations()
             made = dataclasses.asdict(jaxprune.calibrate(params, **options))
-            made["calibration"]["compilations"] = len(COMPILATIONS) - before
+            made["calibration"]["compilations"] = len(compilations)
             return made
 
         return jaxprune.Recipe(**store(name, make))

@@ -21,6 +21,7 @@ from jaxprune.accounting import Cost, executed, prompt_cost
 from jaxprune.compilation import covered
 from jaxprune.errors import UserError
 from jaxprune.loading import Params
+from jaxprune.memory import check_memory
 from jaxprune.methods import Plan, RandomPlaces, depth_of, resolve
 from jaxprune.ops.schedule import NO_CUTS, Schedule
 from jaxprune.ops.tiles import pack_tilings
@@ -205,6 +206,14 @@ class Run:
             )
             self.schedule, left = self._schedule(room, counts)
             new_slots = self.buckets.fit("new_tokens", self.max_new_tokens)
+            check_memory(
+                self.config,
+                batch=self.batch,
+                slots=sum(room),
+                schedule=self.schedule,
+                new_slots=new_slots,
+                devices=1 if self.mesh is None else self.mesh.size,
+            )
             layout = spread(self.layout, self.mesh)
             shape = {"batch": self.batch, **room._asdict(), "new_tokens": new_slots}
             with self._stage("prefill", **shape, greedy=self.greedy):

@@ -15,7 +15,7 @@ import numpy as np
 from jaxprune import stages
 from jaxprune.compilation import Compilations
 from jaxprune.loading import Params, complete
-from jaxprune.memory import peak_bytes
+from jaxprune.memory import check_memory, peak_bytes
 from jaxprune.methods import Plan, depth_of, resolve
 from jaxprune.ops.schedule import NO_CUTS
 from jaxprune.ops.tiles import pack_tilings
@@ -228,6 +228,14 @@ class _WarmUp:
             config=config,
         )
         for new_slots in () if known else self.buckets.new_tokens:
+            check_memory(
+                config,
+                batch=batch,
+                slots=sum(room),
+                schedule=schedule,
+                new_slots=new_slots,
+                devices=1 if self.mesh is None else self.mesh.size,
+            )
             for greedy in draws:
                 sampling = self._sampling(batch)
                 eos = eos_ids(self.processor)

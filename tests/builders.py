@@ -203,4 +203,5 @@ def start(model, image, prompt, *, method="none", buckets=None, chat=True, **fie
     request = make_request(model.processor, image, prompt, chat=chat)
     run = Run(model, options, request, [0] * len(request.rows))
     run.start()
+    run.fetch()
     return run

@@ -1,15 +1,17 @@
 """Masked multi-head attention that never holds the whole attention matrix.
 
-    attention           any mask, by chunks of queries: the vision tower, packed training rows
+    attention           any mask, by chunks of queries: packed training rows
+    full_attention      everything sees everything: the vision tower
     causal_attention    a prompt, and what pruning reads from it: how much attention every
                         key received from some of the queries
     cached_attention    one new token a row against a cache
 
-On a CPU, a prompt goes by square blocks that its caches hold, the upper triangle left out;
-an accelerator is better off with fewer and larger products.
+A CPU is fastest where a few heads' weights fit into its cache; an accelerator is better off
+with fewer and larger products.
 """
 
 import functools
+import os
 from typing import NamedTuple
 
 import jax
@@ -18,8 +20,15 @@ import jax.numpy as jnp
 QUERY_CHUNK = 512
 """Queries handled at once: scratch memory is B * H * QUERY_CHUNK * S, not B * H * S * S."""
 
-BLOCK = 128
-"""Queries and keys handled at once on a CPU."""
+BLOCK = 320
+"""Queries handled at once on a CPU, for a few heads of one row."""
+
+SHORT = 128
+"""Up to so many slots all weights of all heads are made at once everywhere: less to compile."""
+
+STAIRS = 4
+"""Parts of a prompt whose queries see the keys up to their part's end alone, on a CPU. More of
+them skip more of what lies above the diagonal, and take longer to compile."""
 
 _LEAST = jnp.finfo(jnp.float32).min
 _EXACT = jax.lax.Precision.HIGHEST  # a rounded sum would change who is dropped
@@ -60,6 +69,13 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.
     return _over_chunks(chunked, q, mask)
 
 
+def full_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Attention of every slot to every slot: `[I, H, S, d]` each -> `[I, H, S, d]`."""
+    valid = jnp.ones((q.shape[0], q.shape[2]), bool)
+    out, _ = _by_platform(q, k, v, valid, None, heads="mean", later=False, causal=False)
+    return out
+
+
 def causal_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array, watch: Watch | None = None
 ) -> tuple[jax.Array, jax.Array | None]:
@@ -79,11 +95,7 @@ def causal_attention(
     weights = None if inside is None else jnp.moveaxis(inside.queries, 0, -1)  # [B, S, n]
     heads = "mean" if inside is None else inside.heads
     later = inside is not None and inside.later
-    chunks = functools.partial(_by_chunks, heads=heads, later=later)
-    blocks = functools.partial(_by_blocks, heads=heads, later=later)
-    if valid.shape[1] <= BLOCK:
-        blocks = chunks
-    out, received = jax.lax.platform_dependent(q, k, v, valid, weights, cpu=blocks, default=chunks)
+    out, received = _by_platform(q, k, v, valid, weights, heads=heads, later=later, causal=True)
     if watch is None:
         return out, None
     if watch.rows is not None:
@@ -116,6 +128,16 @@ def cached_attention(q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array)
     return out.reshape(B, H, 1, -1)
 
 
+def _by_platform(q, k, v, valid, weights, **how):  # type: ignore[no-untyped-def]
+    """The output `[B, H, S, d]`, and float32 `[n, B, S]` if there are weights `[B, S, n]`."""
+    chunks = functools.partial(_by_chunks, **how)
+    on_mesh = not jax.sharding.get_abstract_mesh().empty  # a loop over rows would gather them
+    if on_mesh or q.shape[2] <= SHORT:
+        return chunks(q, k, v, valid, weights)
+    heads = functools.partial(_by_heads, **how)
+    return jax.lax.platform_dependent(q, k, v, valid, weights, cpu=heads, default=chunks)
+
+
 def _by_chunks(
     q: jax.Array,
     k: jax.Array,
@@ -125,11 +147,12 @@ def _by_chunks(
     *,
     heads: str,
     later: bool,
+    causal: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """Chunks of queries against all keys: the output, and the sums if there are weights."""
-    mask = causal_mask(valid)
+    """Chunks of queries of all rows and heads against all keys."""
+    mask = causal_mask(valid) if causal else valid[:, None] & jnp.ones((q.shape[2], 1), bool)
     if weights is None:
-        return attention(q, k, v, mask), jnp.zeros(())
+        return attention(q, k, v, mask), jnp.zeros((0, *valid.shape))
     B, S = valid.shape
     slots = jnp.broadcast_to(jnp.arange(S), (B, S))
 
@@ -137,14 +160,14 @@ def _by_chunks(
         attended = _weights(q, k, mask)
         out = jnp.einsum("bkgts,bksd->bkgtd", attended.astype(v.dtype), v)
         itself = slots[..., None] == jnp.arange(S)
-        received = _received(attended, weights, heads, itself if later else None)
+        received = _received(_over_heads(attended, heads), weights, itself if later else None)
         return out.reshape(*q.shape[:3], v.shape[-1]), received
 
     found: tuple[jax.Array, jax.Array] = _over_chunks(chunk, q, mask, weights, slots, summed=1)
     return found
 
 
-def _by_blocks(
+def _by_heads(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
@@ -153,73 +176,80 @@ def _by_blocks(
     *,
     heads: str,
     later: bool,
+    causal: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """Square blocks, those above the diagonal left out: as `_by_chunks`.
-
-    The softmax's maximum and sum are carried along a row of blocks; what a key received needs
-    the finished ones, and so a second way through the row.
-    """
+    """Blocks of queries of a few heads of one row against the keys that they may see."""
     B, H, S, d = q.shape
     K = k.shape[1]
-    n = -(-S // BLOCK)
-    t = -(-S // n)
-    columns = (jnp.arange(n), _split(k, 2, n), _split(v, 2, n), _split(valid, 1, n))
-    place = jnp.arange(t)
-    diagonal = place[:, None] >= place  # [t, t]
+    few = _heads_at_once(K)
+    size = -(-S // (BLOCK * STAIRS)) * BLOCK if causal else S
 
-    def logits(i: jax.Array, q: jax.Array, j: jax.Array, k: jax.Array, ok: jax.Array) -> jax.Array:
-        found = jnp.einsum("bkgtd,bksd->bkgts", q, k, preferred_element_type=jnp.float32)
-        seen = ok[:, None] & (diagonal | (j < i))  # [B, t, t]
-        return jnp.where(seen[:, None, None], found * d**-0.5, _LEAST)
-
-    @jax.checkpoint  # a gradient computes the blocks anew instead of keeping them
     def row(part: tuple) -> tuple:
-        i, q, weights = part
-        q = q.reshape(B, K, H // K, t, d)
+        q, k, v, valid, weights = part  # [K, G, S, d], [K, S, d] twice, [S], [S, n]
+        outs, received = [], jnp.zeros((0 if weights is None else weights.shape[-1], S))
+        for begin in range(0, S, size):
+            end = min(S, begin + size)
+            keys = end if causal else S
+            out, found = stair(q[:, :, begin:end], k[:, :keys], v[:, :keys], valid[:keys], begin,
+                               None if weights is None else weights[begin:end])  # fmt: skip
+            outs.append(out)
+            received = received.at[:, :keys].add(found)
+        return jnp.concatenate(outs, axis=2), received
 
-        def attend(carry: tuple, column: tuple) -> tuple:
-            j, k, v, ok = column
+    def stair(q, k, v, valid, begin, weights):  # type: ignore[no-untyped-def]
+        """A part of the queries, `[K, G, T, d]`, against so many keys."""
+        parts = -(-q.shape[2] // BLOCK)
+        queries = _split(q, 2, parts)  # [parts, K, G, t, d]
+        t, width = queries.shape[3], k.shape[1]
+        k, v = (x.reshape(K // few, few, *x.shape[1:]) for x in (k, v))
 
-            def add() -> tuple:
-                most, total, out = carry
-                found = logits(i, q, j, k, ok)
-                new = jnp.maximum(most, found.max(-1))
-                p, old = jnp.exp(found - new[..., None]), jnp.exp(most - new)
-                mixed = jnp.einsum(
-                    "bkgts,bksd->bkgtd", p.astype(v.dtype), v, preferred_element_type=jnp.float32
+        @jax.checkpoint  # a gradient computes the weights anew instead of keeping them
+        def block(part):  # type: ignore[no-untyped-def]
+            i, q, weights = part
+            place = begin + i * t + jnp.arange(t)[:, None]
+            seen = valid & (place >= jnp.arange(width)) if causal else valid[None]  # [t, keys]
+
+            def attend(summed: jax.Array | None, part: tuple) -> tuple:
+                q, k, v = part  # [few, G, t, d], [few, keys, d] twice
+                logits = jnp.einsum("kgtd,ksd->kgts", q, k, preferred_element_type=jnp.float32)
+                logits = jnp.where(seen, logits * d**-0.5, _LEAST)
+                # A softmax whose sum is divided by behind the product, where there is less.
+                most = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
+                grown = jnp.exp(logits - most)
+                share = 1 / grown.sum(-1, keepdims=True)  # [few, G, t, 1]
+                out = jnp.einsum(
+                    "kgts,ksd->kgtd", grown.astype(v.dtype), v, preferred_element_type=jnp.float32
                 )
-                return new, total * old + p.sum(-1), out * old[..., None] + mixed
+                if summed is not None:  # one head after the other: the weights are read once
+                    for head in (grown * share).reshape(-1, t, width):
+                        summed = jnp.maximum(summed, head) if heads == "max" else summed + head
+                return summed, (out * share).astype(v.dtype)
 
-            return jax.lax.cond(j <= i, add, lambda: carry), None
+            start = None if weights is None else jnp.zeros((t, width))
+            each = (q.reshape(K // few, few, *q.shape[1:]), k, v)
+            summed, out = jax.lax.scan(attend, start, each)
+            out = out.reshape(K, H // K, t, -1)
+            if weights is None:
+                return out, jnp.zeros((0, width))
+            summed = summed / H if heads == "mean" else summed
+            itself = place == jnp.arange(width)
+            found = _received(summed[None], weights[None], itself[None] if later else None)
+            return out, found[:, 0]
 
-        start = (
-            jnp.full((B, K, H // K, t), _LEAST),
-            jnp.zeros((B, K, H // K, t)),
-            jnp.zeros((B, K, H // K, t, v.shape[-1])),
-        )
-        (most, total, out), _ = jax.lax.scan(attend, start, columns)
-        out = (out / total[..., None]).astype(v.dtype).reshape(B, H, t, -1)
-        if weights is None:
-            return out, jnp.zeros(())
+        parted = None if weights is None else _split(weights, 0, parts)
+        out, received = jax.lax.map(block, (jnp.arange(parts), queries, parted))
+        out = jnp.moveaxis(out, 0, 2)  # [K, G, parts, t, d]
+        out = out.reshape(*out.shape[:2], parts * t, -1)[:, :, : q.shape[2]]
+        return out, received.sum(0)
 
-        whole = most + jnp.log(total)
+    out, received = jax.lax.map(row, (q.reshape(B, K, H // K, S, d), k, v, valid, weights))
+    return out.reshape(B, H, S, -1), jnp.moveaxis(received, 0, 1)
 
-        def note(_: None, column: tuple) -> tuple:
-            j, k, _, ok = column
 
-            def add() -> jax.Array:
-                attended = jnp.exp(logits(i, q, j, k, ok) - whole[..., None])
-                itself = jnp.broadcast_to(jnp.eye(t, dtype=bool) & (i == j), (B, t, t))
-                return _received(attended, weights, heads, itself if later else None)
-
-            return None, jax.lax.cond(j <= i, add, lambda: jnp.zeros((weights.shape[-1], B, t)))
-
-        received: jax.Array = jax.lax.scan(note, None, columns)[1]  # [n, sums, B, t]
-        return out, jnp.moveaxis(received, 0, 2).reshape(*received.shape[1:3], n * t)[..., :S]
-
-    parts = (jnp.arange(n), _split(q, 2, n), None if weights is None else _split(weights, 1, n))
-    out, received = jax.lax.map(row, parts)
-    return _join(out, S), received.sum(0)
+def _heads_at_once(number: int) -> int:
+    """As many key/value heads as there are cores, if they divide; a divisor of `number`."""
+    cores = min(number, os.cpu_count() or 1)
+    return next(n for n in range(cores, 0, -1) if number % n == 0)
 
 
 def _received_from_rows(q: jax.Array, k: jax.Array, valid: jax.Array, watch: Watch) -> jax.Array:
@@ -234,7 +264,8 @@ def _received_from_rows(q: jax.Array, k: jax.Array, valid: jax.Array, watch: Wat
     mask = valid[:, None] & (jnp.arange(S) <= chosen[..., None])  # [B, R, S]
     some = jnp.take_along_axis(weights, chosen[..., None], axis=1)
     itself = chosen[..., None] == jnp.arange(S)
-    return _received(_weights(rows, k, mask), some, watch.heads, itself if watch.later else None)
+    attended = _over_heads(_weights(rows, k, mask), watch.heads)
+    return _received(attended, some, itself if watch.later else None)
 
 
 def _over_chunks(function, q, mask, *others, summed=None):  # type: ignore[no-untyped-def]
@@ -284,26 +315,22 @@ def _weights(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
     return jax.nn.softmax(logits, axis=-1)
 
 
-def _received(
-    attended: jax.Array, weights: jax.Array, heads: str, itself: jax.Array | None
-) -> jax.Array:
+def _over_heads(attended: jax.Array, heads: str) -> jax.Array:
+    """float32 `[B, H / G, G, t, S]` -> `[B, t, S]`."""
+    return attended.max((1, 2)) if heads == "max" else attended.mean((1, 2))
+
+
+def _received(attended: jax.Array, weights: jax.Array, itself: jax.Array | None) -> jax.Array:
     """Sums over the queries of a block: float32 `[n, B, S]`.
 
     Args:
-        attended: float32 `[B, H / G, G, t, S]`.
+        attended: float32 `[B, t, S]`, heads reduced.
         weights: float32 `[B, t, n]`.
-        heads: "mean" or "max".
         itself: bool `[B, t, S]`, what does not count: the queries' own keys.
     """
-    B, K, G, t, S = attended.shape
     if itself is not None:
-        attended = jnp.where(itself[:, None, None], 0.0, attended)
-    if heads == "max":
-        return jnp.einsum("btn,bts->nbs", weights, attended.max((1, 2)), precision=_EXACT)
-    # A mean over heads and a sum over queries are one product.
-    every = jnp.broadcast_to(weights[:, None] / (K * G), (B, K * G, *weights.shape[1:]))
-    flat = attended.reshape(B, K * G * t, S)
-    return jnp.einsum("brn,brs->nbs", every.reshape(B, K * G * t, -1), flat, precision=_EXACT)
+        attended = jnp.where(itself, 0.0, attended)
+    return jnp.einsum("btn,bts->nbs", weights, attended, precision=_EXACT)
 
 
 def causal_mask(valid: jax.Array) -> jax.Array:

@@ -5,7 +5,13 @@ import numpy as np
 import pytest
 
 from jaxprune.ops import attention as module
-from jaxprune.ops.attention import Watch, attention, causal_attention, causal_mask
+from jaxprune.ops.attention import (
+    Watch,
+    attention,
+    causal_attention,
+    causal_mask,
+    full_attention,
+)
 
 
 def reference(q, k, v, mask):
@@ -45,31 +51,54 @@ def test_chunks_of_queries_give_the_same(rng, monkeypatch, length):
 @pytest.mark.parametrize("length", [9, 16, 17])
 @pytest.mark.parametrize("shared", [4, 2])
 @pytest.mark.parametrize("heads", ["mean", "max"])
-def test_blocks_equal_chunks(rng, length, shared, heads, monkeypatch):
+@pytest.mark.parametrize("causal", [True, False])
+def test_heads_equal_chunks(rng, length, shared, heads, causal, monkeypatch):
     """What runs on a CPU against what runs elsewhere, rows with holes and padding included."""
-    monkeypatch.setattr(module, "BLOCK", 5)
+    monkeypatch.setattr(module, "BLOCK", 3)
+    monkeypatch.setattr(module, "STAIRS", 2)
     q = rng.normal(size=(2, 4, length, 8)).astype(np.float32)
     k, v = rng.normal(size=(2, 2, shared, length, 8)).astype(np.float32)
     valid = jnp.asarray(rng.random((2, length)) < 0.7).at[:, 0].set(True)
     weights = jnp.asarray(rng.random((2, length, 2)).astype(np.float32)) * valid[..., None]
-    options = {"heads": heads, "later": False}
-    by_blocks = module._by_blocks(q, k, v, valid, weights, **options)
-    by_chunks = module._by_chunks(q, k, v, valid, weights, **options)
-    used = valid[:, None, :, None]
-    chex.assert_trees_all_close(by_blocks[0] * used, by_chunks[0] * used, atol=1e-5)
-    chex.assert_trees_all_close(by_blocks[1], by_chunks[1], atol=1e-5)
+    for later in (False, True):
+        options = {"heads": heads, "later": later, "causal": causal}
+        by_heads = module._by_heads(q, k, v, valid, weights, **options)
+        by_chunks = module._by_chunks(q, k, v, valid, weights, **options)
+        used = valid[:, None, :, None]
+        chex.assert_trees_all_close(by_heads[0] * used, by_chunks[0] * used, atol=1e-5)
+        chex.assert_trees_all_close(by_heads[1], by_chunks[1], atol=1e-5)
+    plain = module._by_heads(q, k, v, valid, None, **options)
+    chex.assert_trees_all_close(plain[0] * used, by_chunks[0] * used, atol=1e-5)
+    assert plain[1].shape == (0, 2, length)
 
 
-def test_blocks_have_the_gradient_of_the_definition(rng, monkeypatch):
+def test_everything_sees_everything(rng, monkeypatch):
+    monkeypatch.setattr(module, "SHORT", 4)
+    q, k, v = rng.normal(size=(3, 2, 4, 9, 8)).astype(np.float32)
+    expected = reference(q, k, v, np.ones((1, 9, 9), bool))
+    chex.assert_trees_all_close(np.asarray(full_attention(q, k, v)), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("number, cores, expected", [(16, 2, 2), (7, 4, 1), (6, 4, 3), (2, 64, 2)])
+def test_heads_at_once_divide(number, cores, expected, monkeypatch):
+    monkeypatch.setattr(module.os, "cpu_count", lambda: cores)
+    assert module._heads_at_once(number) == expected
+
+
+def test_heads_have_the_gradient_of_the_definition(rng, monkeypatch):
     q, k, v = rng.normal(size=(3, 1, 2, 11, 4)).astype(np.float32)
     valid = jnp.ones((1, 11), bool)
 
-    def total(q, k, v):
+    def by_definition(q, k, v):
+        return (attention(q, k, v, causal_mask(valid)) ** 2).sum()
+
+    def by_heads(q, k, v):
         return (causal_attention(q, k, v, valid)[0] ** 2).sum()
 
-    expected = jax.grad(total, argnums=(0, 1, 2))(q, k, v)
+    expected = jax.grad(by_definition, argnums=(0, 1, 2))(q, k, v)
     monkeypatch.setattr(module, "BLOCK", 4)
-    found = jax.grad(lambda *x: total(*x), argnums=(0, 1, 2))(q, k, v)
+    monkeypatch.setattr(module, "SHORT", 4)
+    found = jax.grad(by_heads, argnums=(0, 1, 2))(q, k, v)
     chex.assert_trees_all_close(found, expected, atol=1e-4)
 
 
@@ -101,4 +130,7 @@ def test_no_square_matrix_in_the_program(watched, platform):
 def test_a_query_that_sees_nothing_is_finite():
     x = jnp.ones((1, 1, 2, 4))
     assert np.isfinite(attention(x, x, x, jnp.zeros((1, 2, 2), bool))).all()
-    assert np.isfinite(causal_attention(x, x, x, jnp.zeros((1, 2), bool))[0]).all()
+    x = jnp.ones((1, 1, module.SHORT + 1, 4))
+    assert np.isfinite(
+        causal_attention(x, x, x, jnp.zeros(x.shape[:1] + x.shape[2:3], bool))[0]
+    ).all()

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxprune.models.activations import ACTIVATIONS
 from jaxprune.models.clip.config import ClipVisionConfig
-from jaxprune.ops.attention import attention
+from jaxprune.ops.attention import full_attention
 from jaxprune.ops.visual import VisionOutput
 
 
@@ -28,10 +28,7 @@ class ClipAttention(nn.Module):
         def heads(y: jax.Array) -> jax.Array:  # [I, S, C] -> [I, H, S, d]
             return y.reshape(*y.shape[:2], self.config.num_attention_heads, -1).swapaxes(1, 2)
 
-        everything = jnp.ones((1, x.shape[1], x.shape[1]), bool)
-        out = attention(
-            heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x)), everything
-        )
+        out = full_attention(heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x)))
         return self.out_proj(out.swapaxes(1, 2).reshape(x.shape))
 
 
