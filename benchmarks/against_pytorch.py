@@ -171,7 +171,7 @@ class Jax:
 
 
 def timed(function: Any) -> tuple[Any, float]:
-    """What a function gives, and its seconds; after a pause, in which other threads come to rest."""
+    """What a function gives, and its seconds; other threads may come to rest before."""
     time.sleep(PAUSE)
     began = time.perf_counter()
     found = function()

@@ -158,7 +158,7 @@ def bench(
             first[label] = (found, made.seconds, peak_bytes())
             continue
         seconds = {stage: found[0].seconds.get(stage, 0.0) for stage in STAGES}
-        seconds["decode"] /= len(found[0].token_ids) - 1
+        seconds["decode"] /= max(1, len(found[0].token_ids) - 1)
         seconds["first"] = sum(seconds[stage] for stage in ("encode", "select", "prefill"))
         times[label].append({**seconds, "all": spent})
 
