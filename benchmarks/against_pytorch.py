@@ -10,6 +10,9 @@ medians. Both run on the same device, PyTorch with its scaled-dot-product attent
     prefill    pixels to the first token's logits: vision tower, projector, decoder
     decode     a token of every row
     answer     image files' pixels and a prompt to text: preprocessing, prefill, decoding
+    ceiling    multiply-adds of the prefill a second, and bytes of weights and caches read a second
+               while decoding, as shares of what the machine reaches in a large matrix product
+               and in reading a large array; PyTorch's count is that of its own shapes
     selection  what pruning itself costs: PruMerge+ behind the tower, FitPrune in a layer, each
                beside a plain PyTorch rendering of the published procedure
 """
@@ -34,7 +37,8 @@ from rich.progress import track
 
 import jaxprune
 from jaxprune import stages
-from jaxprune.bench import ceilings, describe_machine
+from jaxprune.accounting import encode_macs, executed
+from jaxprune.bench import ceilings, decoder_bytes, describe_machine
 from jaxprune.methods import FitPrune, PruMergePlus
 from jaxprune.ops.attention import Watch, causal_attention
 from jaxprune.ops.schedule import LAST, QUESTION, VISUAL, compact, keep_best
@@ -201,6 +205,7 @@ def measure(
     times: dict[str, dict[str, list[float]]] = {
         name: {"prefill": [], "decode": [], "answer": []} for name in ("torch", *ours)
     }
+    work: dict[str, tuple[int, int]] = {}
     for number in track(range(rounds + 1), f"Batch {batch}", console=console):
         found, prefill = timed(reference.prefill)
         expected, decode = timed(functools.partial(reference.decode, found, tokens))
@@ -214,14 +219,18 @@ def measure(
             _, text = timed(run.texts)
             if name == "none" and not (run.tokens[:, :tokens] == expected).all():
                 raise SystemExit("jaxprune and transformers generate different tokens.")
+            work[name] = counted(run, batch, tokens)
             if number:
                 times[name]["prefill"].append(prefill)
                 times[name]["decode"].append(decode * tokens / (tokens - 1))
                 times[name]["answer"].append(answer + decode + text)
+    work["torch"] = work["none"]
     return [
         {
             "batch": batch,
             "variant": name,
+            "prefill_macs": work[name][0],
+            "decode_bytes": work[name][1],
             **{f"{stage}_seconds": float(np.median(x)) for stage, x in one.items()},
             **{
                 f"{stage}_spread": float((np.max(x) - np.min(x)) / np.median(x))
@@ -234,6 +243,15 @@ def measure(
         }
         for name, one in times.items()
     ]
+
+
+def counted(run: Run, batch: int, tokens: int) -> tuple[int, int]:
+    """Multiply-adds of a prefill, tower included, and bytes that a decoding step reads."""
+    slots = run.layout.token_ids.shape[1]
+    found = executed(run.config, slots, run.schedule, new_slots=tokens)
+    macs = encode_macs(run.config, batch) + batch * found["macs"]
+    weights = decoder_bytes(jaxprune.Params(run.params, run.config))
+    return macs, weights + batch * found["cache_bytes"]
 
 
 # ---- what selection costs
@@ -387,16 +405,24 @@ def main() -> None:
         rows += measure(model, params, batch, rounds, args.tokens)
         selection += measure_selection(params, batch, rounds, device)
 
+    limit = ceilings()
     print(
-        "| batch | variant | prefill, ms | speed-up | decode, ms a token | speed-up | "
-        "answer, ms | speed-up |"
+        "| batch | variant | prefill, ms | speed-up | of the ceiling | decode, ms a token | "
+        "speed-up | of the ceiling | answer, ms | speed-up |"
     )
-    print("|---:|---|" + "---:|" * 6)
+    print("|---:|---|" + "---:|" * 8)
     for r in rows:
         cells = []
+        step = r["decode_seconds"] / args.tokens
+        reached = {
+            "prefill": r["prefill_macs"] / r["prefill_seconds"] / limit["float32_macs"],
+            "decode": r["decode_bytes"] / step / limit["bytes"],
+        }
         for stage, parts in (("prefill", 1), ("decode", args.tokens), ("answer", 1)):
             cells.append(f"{1e3 * r[f'{stage}_seconds'] / parts:.1f}")
             cells.append(f"{r[f'{stage}_speedup']:.2f}")
+            if stage in reached:
+                cells.append(f"{100 * reached[stage]:.0f} %")
         print(f"| {r['batch']} | {r['variant']} | {' | '.join(cells)} |")
     print()
     whole = {r["batch"]: r["prefill_seconds"] for r in rows if r["variant"] == "none"}
@@ -405,7 +431,7 @@ def main() -> None:
     for r in selection:
         share = r["seconds"] / whole[r["batch"]]
         print(f"| {r['batch']} | {r['what']} | {1e3 * r['seconds']:.1f} | {100 * share:.1f} % |")
-    machine = {**describe_machine(), **ceilings(), "torch": torch.__version__}
+    machine = {**describe_machine(), **limit, "torch": torch.__version__}
     machine["transformers"] = transformers.__version__
     console.print(machine)
     if args.json:

@@ -80,7 +80,7 @@ def main() -> None:
                 method = jaxprune.FastV(keep_rate=rate, layer=first)
                 settings.append(("fastv", f"{label}, from layer {first}", {"method": method}))
     began = time.perf_counter()
-    print("| method | setting | tokens | FLOPs saved |", *scenes.KINDS, "mean |", sep=" | ")
+    print(f"| method | setting | tokens | FLOPs saved | {' | '.join(scenes.KINDS)} | mean |")
     print(f"|---|---|---:|---:|{'---:|' * (len(scenes.KINDS) + 1)}")
     for name, setting, options in settings:
         point = store(

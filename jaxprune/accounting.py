@@ -120,6 +120,16 @@ def layer_macs(text_config: Any, tokens_in: int, tokens_out: int) -> int:
     return int(before + after)
 
 
+def encode_macs(config: Any, tiles: int) -> int:
+    """Multiply-adds of the vision tower's layers that are run for so many tiles."""
+    c = config.vision_config
+    layers = c.num_hidden_layers
+    run = max(index % (layers + 1) for index in config.feature_layers)
+    n, D = c.num_patches + 1, c.hidden_size
+    layer = n * D * (4 * D + 2 * c.intermediate_size) + 2 * n**2 * D
+    return int(tiles * (run * layer + c.num_patches * c.patch_size**2 * 3 * D))
+
+
 def prompt_cost(
     config: Any,
     plan: Plan,

@@ -16,9 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune.accounting import encode_macs
 from jaxprune.compilation import Compilations
 from jaxprune.errors import UserError
 from jaxprune.generate import generate
+from jaxprune.images import load_image
 from jaxprune.loading import Params
 from jaxprune.memory import peak_bytes
 from jaxprune.progress import track
@@ -39,7 +41,8 @@ class Measured:
         spread: (largest - smallest) / median, by stage.
         speedup: of "first" (encode, select and prefill), "decode" and "all" against the first
             method of the list.
-        prefill_of_ceiling: multiply-adds of the decoder's prefill a second, of the ceiling's.
+        prefill_of_ceiling: multiply-adds of tower and decoder up to the first token a second,
+            of the ceiling's.
         decode_of_ceiling: bytes of weights and caches a second, of the ceiling's.
         compile_seconds: XLA's, in the first call.
         peak_bytes: the most memory in use when its turn in the first round was over. It never
@@ -164,7 +167,8 @@ def bench(
 
     limit = ceilings()
     kind = model.config.text_config.dtype
-    macs = limit["float32_macs" if kind == "float32" else "bfloat16_macs"]
+    most = limit["float32_macs" if kind == "float32" else "bfloat16_macs"]
+    loaded = [load_image(image) for image in {id(image): image for image in images}.values()]
     weights = decoder_bytes(model)
     rows: list[Measured] = []
     for label, _ in methods:
@@ -173,7 +177,9 @@ def bench(
         medians = {name: float(np.median(x)) for name, x in series.items()}
         base = rows[0].seconds if rows else medians
         executed = answers[0].cost.executed
-        work = len(answers) * executed["macs"] / medians["prefill"]
+        tiles = sum(model.config.tiling(i.height, i.width).tiles for i in loaded)
+        macs = encode_macs(model.config, tiles) + len(answers) * executed["macs"]
+        work = macs / medians["first"]
         read = (weights + len(answers) * executed["cache_bytes"]) / medians["decode"]
         rows.append(
             Measured(
@@ -182,7 +188,7 @@ def bench(
                 seconds=medians,
                 spread={n: (max(x) - min(x)) / max(medians[n], 1e-9) for n, x in series.items()},
                 speedup={n: base[n] / medians[n] for n in ("first", "decode", "all")},
-                prefill_of_ceiling=work / macs,
+                prefill_of_ceiling=work / most,
                 decode_of_ceiling=read / limit["bytes"],
                 compile_seconds=compiling,
                 peak_bytes=peak,

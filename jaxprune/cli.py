@@ -217,6 +217,8 @@ def cost(
             raise UserError(f"{name} is {value}; expected a number from 0 to {MOST_TOKENS:,}.")
     options = _options(option, keep=keep, save=save, keep_rate=keep_rate)
     plan = resolve(_method(method), config, **options)
+    if visual_tokens is not None and keep is not None and config.one_tile:
+        raise UserError("--keep says how many visual tokens are left; leave out --visual-tokens.")
     before = None
     if image_size is not None:
         before = config.tiling(*_height_and_width(image_size)).num_tokens + config.keep_cls
@@ -460,7 +462,7 @@ def methods(as_json: JsonOption = False) -> None:
         table.add_row(
             row["name"], row["family"], row["summary"], ", ".join(row["options"]), row["paper"]
         )
-    Console().print(table)
+    Console(width=max(120, Console().width)).print(table)
 
 
 @app.command()

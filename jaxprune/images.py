@@ -47,6 +47,8 @@ def load_image(image: Any) -> Image.Image:
 
 
 def _open(name: str | pathlib.Path) -> Image.Image:
+    if str(name).startswith(("http:/", "https:/")):
+        raise UserError(f"{str(name)[:200]} is a URL; download the image, nothing is fetched here.")
     try:
         path = pathlib.Path(name).expanduser()
         if not path.is_file():

@@ -59,7 +59,7 @@ def test_unpruned_cost_is_the_papers_formula():
 def test_close_to_the_compilers_count(name, shared, monkeypatch):
     """Unchunked and unpadded, with the logits of the last token and the ranking counted."""
     monkeypatch.setattr(attention, "QUERY_CHUNK", 10**6)
-    monkeypatch.setattr(attention, "BLOCK", 10**6)
+    monkeypatch.setattr(attention, "SHORT", 10**6)
     text = LlamaConfig(
         vocab_size=512,
         hidden_size=512,

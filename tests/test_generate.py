@@ -374,6 +374,8 @@ MISTAKES = [
     ({"prompt": [1]}, "A prompt is a int"),
     ({"prompt": b"abc"}, "prompt is a bytes"),
     ({"image": "x" * 5000}, "is not a path"),
+    ({"image": "https://example.org/a.png"}, "is a URL"),
+    ({"max_tokens": 5}, "Did you mean max_new_tokens"),
     ({"prompt": ["a"] * 65, "image": None}, "over the largest bucket 64"),
     ({"chat": False, "prompt": " "}, "The prompt is empty"),
 ]

@@ -97,6 +97,19 @@ def _class_of(part: Any) -> type | None:
     )
 
 
+# What else `generate` takes, for who misspells it.
+_OF_GENERATE = (
+    "max_new_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "seed",
+    "stop",
+    "buckets",
+    "method",
+)
+
+
 def _fields(cls: type) -> dict[str, dataclasses.Field]:
     return {field.name: field for field in dataclasses.fields(cls)}
 
@@ -109,6 +122,9 @@ def _check_options(
     if not unknown:
         return
     listed = ", ".join(unknown)
+    near = difflib.get_close_matches(unknown[0], _OF_GENERATE, n=1)
+    if near:
+        raise UserError(f"There is no option {listed}. Did you mean {near[0]}?")
     if named:
         has = "; ".join(f"{cls.name} has: {', '.join(_fields(cls))}" for cls in named)  # type: ignore[attr-defined]
         raise UserError(f"There is no option {listed}; {has}.")
