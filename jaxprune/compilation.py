@@ -10,6 +10,11 @@ import jax
 
 from jaxprune.errors import UserError
 
+
+class NotWarm(UserError):
+    """A compilation where none is allowed."""
+
+
 # What JAX reports whenever a program was made, from source or from the persistent cache.
 _EVENT = "/jax/core/compile/backend_compile_duration"
 
@@ -78,7 +83,7 @@ def no_compilation() -> Iterator[Compilations]:
     try:
         yield found
         if len(found):
-            raise UserError(
+            raise NotWarm(
                 f"{len(found)} XLA programs were made where none is allowed: "
                 f"{', '.join(found.programs[:3])}."
             )
@@ -96,7 +101,7 @@ def covered(stage: str, shape: dict[str, Any]) -> Iterator[None]:
     yield
     if len(found):
         sizes = ", ".join(f"{name}={value}" for name, value in shape.items())
-        raise UserError(
+        raise NotWarm(
             f"The stage {stage!r} had to be compiled for {sizes}, which no_compilation forbids; "
             "pass warmup the same method and buckets that hold this shape."
         )

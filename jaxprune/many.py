@@ -1,10 +1,12 @@
 """`generate_many`: a stream of requests, run in batches of those that share a shape."""
 
+import contextlib
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sized
 from typing import Any
 
+from jaxprune.compilation import NotWarm
 from jaxprune.errors import UserError
 from jaxprune.generate import finish
 from jaxprune.loading import Params, complete
@@ -80,7 +82,7 @@ def generate_many(
         A string, `Answer` or `UserError` for every request.
 
     Raises:
-        jaxprune.UserError: for arguments that are wrong for all requests, at the first answer.
+        jaxprune.UserError: for arguments that are wrong for all requests, at once.
     """
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise UserError(f"batch_size is {batch_size!r}; expected a whole number, 1 or more.")
@@ -103,11 +105,12 @@ def generate_many(
     return _delivered(results, return_errors)
 
 
-def _delivered(results: Iterator[Any], return_errors: bool) -> Iterator[Any]:
-    for result in results:
-        if isinstance(result, UserError) and not return_errors:
-            raise result
-        yield result
+def _delivered(results: Generator[Any, None, None], return_errors: bool) -> Iterator[Any]:
+    with contextlib.closing(results):  # takes the bar down
+        for result in results:
+            if isinstance(result, UserError) and not return_errors:
+                raise result
+            yield result
 
 
 def _in_order(
@@ -116,14 +119,22 @@ def _in_order(
     fields: dict[str, Any],
     batch_size: int,
     details: bool,
-) -> Iterator[Any]:
+) -> Generator[Any, None, None]:
     """The results of all requests, errors included."""
     numbered = enumerate(requests)
     waiting: list[_Waiting] = []
     ready: dict[int, Any] = {}
+    broken: Exception | None = None  # of the caller's iterator: raised behind what came before
     for due in itertools.count():
         while due not in ready:
-            for index, request in itertools.islice(numbered, WINDOW * batch_size - len(waiting)):
+            while broken is None and len(waiting) < WINDOW * batch_size:
+                try:
+                    index, request = next(numbered)
+                except StopIteration:
+                    break
+                except Exception as error:
+                    broken = error
+                    break
                 try:
                     waiting.append(_check(model, index, request, fields))
                 except UserError as error:
@@ -132,11 +143,14 @@ def _in_order(
                 break
             first = waiting[0]
             same = [w for w in waiting if (w.options, w.shape) == (first.options, first.shape)]
-            same = same[:batch_size]
+            own = max(1, len(first.request.images))
+            same = same[: max(1, min(batch_size, first.options.buckets.images[-1] // own))]
             taken = {w.index for w in same}
             waiting = [w for w in waiting if w.index not in taken]
             ready |= _run(model, same, details)
         if due not in ready:
+            if broken is not None:
+                raise broken
             return
         yield ready.pop(due)
 
@@ -190,6 +204,8 @@ def _run(model: Params, batch: list[_Waiting], details: bool) -> dict[int, Any]:
     try:
         run = Run(model, batch[0].options, Request(rows, images, False), seeds, timed=details)
         finish(run)
+    except NotWarm:
+        raise
     except UserError as error:
         if len(batch) == 1:
             return {batch[0].index: error}

@@ -1,7 +1,7 @@
-"""How much memory there is, and how much a request will take.
+"""How much memory there is, and how much a request will take in the decoder.
 
-A request that does not fit is refused before it is tried: out of memory, a device or the
-kernel would end the process, and every request in it.
+What does not fit is refused before it is tried: out of memory, a device or the kernel would
+end the process, and every request in it. The vision tower is not part of the estimate.
 """
 
 import pathlib
@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxprune.accounting import executed
 from jaxprune.errors import UserError
-from jaxprune.ops.attention import BLOCK, QUERY_CHUNK
+from jaxprune.ops.attention import BLOCK, QUERY_CHUNK, heads_at_once
 from jaxprune.ops.schedule import Schedule
 
 _SPARE = 0.95  # of the free memory: estimates are no better than this
@@ -66,7 +66,11 @@ def request_bytes(
     mlp = slots * (2 * c.hidden_size + 2 * c.intermediate_size) * item
     on_cpu = jax.default_backend() == "cpu"
     # A CPU takes a few heads of a row at a time; elsewhere it is all of them.
-    block = 2 * BLOCK if on_cpu else c.num_attention_heads * min(QUERY_CHUNK, slots)
+    H, K = c.num_attention_heads, c.num_key_value_heads
+    block = H // K * heads_at_once(K) * BLOCK if on_cpu else H * min(QUERY_CHUNK, slots)
+    if schedule.score is not None and set(schedule.score.queries) <= {"last", "text"}:
+        rows = 1 if schedule.score.queries == ("last",) else schedule.query_slots or slots
+        block = max(block, H * min(rows, slots))  # the text's rows, once more
     weights = 2 * block * slots * 4
     logits = 2 * c.vocab_size * 4
     return caches, batch * (max(attention + weights, mlp) + logits)

@@ -10,6 +10,7 @@ import re
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxprune.errors import UserError
@@ -77,6 +78,21 @@ def mesh_of(arrays: dict[str, Any]) -> Mesh | None:
     sharding = getattr(jax.tree.leaves(arrays)[0], "sharding", None)
     mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
     return mesh if isinstance(mesh, Mesh) else None
+
+
+def to_host(tree: Any) -> Any:
+    """Arrays of a request as NumPy's; on several hosts every host gets all of them."""
+    if all(x.is_fully_addressable or x.is_fully_replicated for x in jax.tree.leaves(tree)):
+        return jax.device_get(tree)
+    return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def devices_sharing(mesh: Mesh | None, batch: int) -> int:
+    """Over how many memories the rows and heads of a batch are spread."""
+    if mesh is None or mesh.devices.flat[0].platform == "cpu":  # a host's devices share its memory
+        return 1
+    rows = mesh.shape.get(DATA_AXIS, 1)
+    return int(mesh.shape.get(MODEL_AXIS, 1) * (rows if batch % rows == 0 else 1))
 
 
 def on_mesh(mesh: Mesh | None) -> Any:

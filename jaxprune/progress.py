@@ -1,7 +1,7 @@
 """One progress bar for everything that takes longer than a few seconds."""
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from typing import TypeVar
 
 from rich.console import Console
@@ -10,7 +10,9 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 T = TypeVar("T")
 
 
-def track(items: Iterable[T], label: str, total: int, *, show: bool | None = None) -> Iterator[T]:
+def track(
+    items: Iterable[T], label: str, total: int, *, show: bool | None = None
+) -> Generator[T, None, None]:
     """Yield `items` while a bar on stderr shows how many of `total` are done.
 
     `show=None` shows the bar in a terminal alone, so logs and pipes stay clean.

@@ -26,7 +26,7 @@ from jaxprune.methods import Plan, RandomPlaces, depth_of, resolve
 from jaxprune.ops.schedule import NO_CUTS, Schedule
 from jaxprune.ops.tiles import pack_tilings
 from jaxprune.ops.visual import Selection
-from jaxprune.partition import mesh_of, on_mesh, spread
+from jaxprune.partition import devices_sharing, mesh_of, on_mesh, spread, to_host
 from jaxprune.processing import decode_text, pixel_values
 from jaxprune.request import (
     Layout,
@@ -189,10 +189,13 @@ class Run:
         with on_mesh(self.mesh):
             selection = self._visual_tokens() if self.request.images else None
             counts = self.counts
-            longest = self._check_context(counts)
-            self.max_new_tokens = min(
-                self.max_new_tokens, self.config.text_config.context_length - longest
+            self._check_context(counts)
+            # Each row for itself: what a long one lacks, its neighbours still have.
+            left = self.config.text_config.context_length - np.array(
+                row_lengths(self.request.rows, counts)
             )
+            self.limits = np.minimum(self.max_new_tokens, left)
+            self.max_new_tokens = int(self.limits.max())
             self.capacity = 0 if selection is None else selection.tokens.shape[1]
             self.indices = None if selection is None else selection.indices
             room = self._room(counts, self.capacity)
@@ -212,7 +215,7 @@ class Run:
                 slots=sum(room),
                 schedule=self.schedule,
                 new_slots=new_slots,
-                devices=1 if self.mesh is None else self.mesh.size,
+                devices=devices_sharing(self.mesh, self.batch),
             )
             layout = spread(self.layout, self.mesh)
             shape = {"batch": self.batch, **room._asdict(), "new_tokens": new_slots}
@@ -284,10 +287,10 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        if self.step >= self.max_new_tokens:
-            return True
-        rows = range(len(self.request.rows))
-        return all(self._text(b)[2] != "length" for b in rows)
+        return all(
+            self.step >= limit or self._text(b)[2] != "length"
+            for b, limit in enumerate(self.limits)
+        )
 
     def texts(self) -> list[str]:
         """The answers so far."""
@@ -347,12 +350,12 @@ class Run:
                 config=config,
                 method=method,
                 capacity=capacity,
-                images=self.shapes.visual_slots(self.batch, self.row_images),
+                images=self.shapes.visual_slots(shape.images, self.batch, self.row_images),
             )
             self._wait(selection)
         return selection
 
-    def _check_context(self, counts: np.ndarray) -> int:
+    def _check_context(self, counts: np.ndarray) -> None:
         longest = max(row_lengths(self.request.rows, counts))
         context = self.config.text_config.context_length
         if longest >= context:
@@ -360,21 +363,20 @@ class Run:
                 f"The prompt is {longest} tokens long with its images, but the model's context "
                 f"is {context}; shorten it{' or prune more' if self.request.images else ''}."
             )
-        return longest
 
     def fetch(self) -> None:
         """Bring what is generated so far to the host."""
         rows = len(self.request.rows)
-        fetched = jax.device_get(
-            (self.state.step, self.state.tokens, self.state.lengths, self.state.done)
-        )
+        state = self.state
+        fetched = to_host((state.step, state.tokens, state.lengths, state.done))
         self.step = int(fetched[0])
         self.tokens, self.lengths, self.done = (array[:rows] for array in fetched[1:])
 
     def _text(self, b: int) -> tuple[str, list[int], str]:
         """Text, token ids and finish reason of a row so far."""
-        ids = self.tokens[b, : self.lengths[b]].tolist()
-        text, reason = decode_text(self.processor, ids), "eos" if self.done[b] else "length"
+        ids = self.tokens[b, : min(self.lengths[b], self.limits[b])].tolist()
+        ended = self.done[b] and self.lengths[b] < self.limits[b]
+        text, reason = decode_text(self.processor, ids), "eos" if ended else "length"
         # Of several stop strings the one that is complete first, however far decoding went on.
         stop = self.options.stop
         found = [(text.find(s) + len(s), text.find(s)) for s in stop if s in text]

@@ -171,12 +171,25 @@ class Shapes:
         images, tiles = self.buckets.fit("images", number), self.buckets.fit("image_tiles", tiles)
         return ImageShape(images, tiles, self.config.most_tokens(tiles) - self.config.keep_cls)
 
-    def visual_slots(self, batch: int, row_images: int) -> int:
-        """Images that the visual tokens of a batch have room for, however few it has.
+    def visual_slots(self, images: int, batch: int, row_images: int) -> int:
+        """Images that the visual tokens of a batch have room for.
 
-        So the decoder's input depends on the batch, not on how many of its rows share an image.
+        With an image a row it is one for each, however many rows share one: so the decoder's
+        input depends on the batch alone. With several, room for all would be too much.
+
+        Args:
+            images: their bucket.
+            batch: rows, a bucket.
+            row_images: images of the row that has the most.
         """
-        return self.buckets.fit("images", batch * max(row_images, 1))
+        several = self.buckets.fit("row_images", max(row_images, 1)) > 1
+        return images if several else max(images, batch)
+
+    def reachable(self, images: int, batch: int, row_images: int) -> bool:
+        """Whether some batch of these buckets has a number of images of the bucket `images`."""
+        place = self.buckets.images.index(images)
+        fewest = 1 + (self.buckets.images[place - 1] if place else 0)
+        return fewest <= batch * row_images
 
     def fixed_capacity(self, shape: ImageShape) -> int | None:
         """Visual tokens behind the method of an image of one tile, if known in advance."""
@@ -223,7 +236,8 @@ class Shapes:
         if fixed is not None:
             return {fixed: fixed}
         # Without pruning an image of several tiles has more than those of its whole.
-        least = 1 if self.method is not None else self.config.vision_config.num_patches + 1
+        tiled = self.method is None and not self.config.one_tile
+        least = self.config.vision_config.num_patches + 1 if tiled else 1
         most = min(self._most(shape), self.buckets.visual[-1])
         numbers = range(most, least - 1, -1)
         return {self.of_selection(shape, n): n for n in numbers}
@@ -236,7 +250,8 @@ class Shapes:
             capacity: slots of each image.
             least: the smallest number of visual tokens that leads to the capacity.
         """
-        visual = range(least, row_images * capacity + 1) if row_images else [0]
+        whole, largest = row_images * capacity, self.buckets.visual[-1]
+        visual = [n for n in range(least, whole + 1) if n == whole or n <= largest] or [0]
         rooms = {self.of_rows(1, row_images, capacity, n).visual for n in visual}
         return [Lengths(text, room) for room in sorted(rooms) for text in self.buckets.text]
 

@@ -20,7 +20,7 @@ from jaxprune.methods import Plan, depth_of, resolve
 from jaxprune.ops.schedule import NO_CUTS
 from jaxprune.ops.tiles import pack_tilings
 from jaxprune.ops.visual import Selection
-from jaxprune.partition import mesh_of, on_mesh, spread
+from jaxprune.partition import devices_sharing, mesh_of, on_mesh, spread
 from jaxprune.processing import Processor
 from jaxprune.progress import track
 from jaxprune.request import Row, lay_out
@@ -91,8 +91,9 @@ def warmup(
 
     Afterwards `generate`, `stream` and `generate_many` compile nothing for requests of this
     method whose sizes the buckets hold; `no_compilation` proves it. They may be called with
-    these buckets or with the default ones, of which these are a part. The stages run once for
-    each combination, so the largest one has to fit into memory.
+    these buckets or with the default ones, if these are made of them by `up_to`. The stages run
+    once for each combination, so the largest one has to fit into memory. The seed of the method
+    "random" is part of its programs: warm up with the seed that requests will have.
 
     Args:
         params, method, config, processor, method_options: as for `generate`.
@@ -111,7 +112,7 @@ def warmup(
     """
     model = complete(params, config, processor)
     plan = resolve(method, model.config, **method_options)
-    if plan.vision is not None:
+    if plan.vision is not None and model.config.one_tile:
         plan.vision.check(model.config.vision_config.num_patches)
     warm = _WarmUp(model, plan, buckets)
     draws = [name for name, wanted in ((True, greedy), (False, sampled)) if wanted]
@@ -132,6 +133,11 @@ def warmup(
     )
 
 
+def place_of(selection: Selection) -> Any:
+    """Where an array of a selection is."""
+    return selection.tokens.sharding
+
+
 class _WarmUp:
     def __init__(self, model: Params, plan: Plan, buckets: Buckets) -> None:
         self.params, self.config, self.processor = model.arrays, model.config, model.processor
@@ -147,15 +153,14 @@ class _WarmUp:
             for capacity, least in self.shapes.every_selection(shape).items():
                 for row_images in self.buckets.row_images:
                     for batch in self.buckets.batch:
-                        # So many images can be in so many rows.
-                        if shape.images <= self.shapes.visual_slots(batch, row_images):
+                        if self.shapes.reachable(shape.images, batch, row_images):
                             yield Images(batch, row_images, shape, capacity, least)
 
     def run(self, images: Images, draws: list[bool]) -> None:
         """One combination from pixels to a token."""
         config, method = self.config, self.plan.vision
         vision, packing = self._encoded(images.shape)
-        slots = self.shapes.visual_slots(images.batch, images.row_images)
+        slots = self.shapes.visual_slots(images.shape.images, images.batch, images.row_images)
         selection = stages.select(
             vision,
             packing,
@@ -195,7 +200,8 @@ class _WarmUp:
         texts = self.buckets.text
         for room in rooms:
             place = texts.index(room.text)
-            shortest = 1 + (texts[place - 1] if place else 0) + least
+            # The longest text and the largest image may be in different rows.
+            shortest = max(texts[place - 1] if place else 0, least)
             if shortest < self.config.text_config.context_length:
                 self._decode(batch, room, selection, draws)
 
@@ -212,11 +218,13 @@ class _WarmUp:
             distinct = self.buckets.schedule_lengths
             schedule = gather_schedule(method, depth, room, distinct=distinct)
             left = candidates_left(method, depth, layout.kind, visual)
-        key = (batch, sum(room), schedule)
-        if (key, capacity) in self.seen:
+        # Programs differ by where their arguments are, too.
+        made_of = None if selection is None else (selection.tokens.shape, place_of(selection))
+        key = (batch, sum(room), schedule, made_of[1] if made_of and self.mesh else None)
+        if (key, made_of) in self.seen:
             return
         known = key in self.seen  # the decoder does not ask what makes up its rows
-        self.seen |= {key, (key, capacity)}
+        self.seen |= {key, (key, made_of)}
         layout, left = spread(layout, self.mesh), spread(left, self.mesh, axis=1)
         tokens = stages.embed(
             self.params,
@@ -234,7 +242,7 @@ class _WarmUp:
                 slots=sum(room),
                 schedule=schedule,
                 new_slots=new_slots,
-                devices=1 if self.mesh is None else self.mesh.size,
+                devices=devices_sharing(self.mesh, batch),
             )
             for greedy in draws:
                 sampling = self._sampling(batch)

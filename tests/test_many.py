@@ -90,6 +90,46 @@ def test_errors_come_in_their_place(tiny_model):
         next(stream)
 
 
+def test_a_long_prompt_does_not_cut_its_neighbours_answer(tiny_model):
+    """The model's context is 256; both prompts are of one bucket."""
+    some = [(picture(0), "a b " * 92), (picture(1), "a b " * 75)]
+    options = {"max_new_tokens": 60, "return_details": True}
+    found = list(jaxprune.generate_many(tiny_model, some, **options))
+    for answer, request in zip(found, some, strict=True):
+        alone = jaxprune.generate(tiny_model, *request, **options)
+        assert answer.token_ids == alone.token_ids
+        assert answer.finish_reason == alone.finish_reason
+    room = [256 - answer.prompt_tokens for answer in found]
+    assert room[0] < 60 < room[1]  # or this tests nothing
+    assert len(found[0].token_ids) <= room[0]
+
+
+def test_what_came_before_a_broken_iterator_is_answered(tiny_model):
+    def broken():
+        yield picture(0), "What?"
+        yield picture(1), "What?"
+        raise OSError("the disk is gone")
+
+    found = jaxprune.generate_many(tiny_model, broken(), max_new_tokens=2)
+    assert isinstance(next(found), str)
+    assert isinstance(next(found), str)
+    with pytest.raises(OSError, match="disk is gone"):
+        next(found)
+
+
+def test_a_compilation_that_is_forbidden_is_named(tiny_model):
+    buckets = jaxprune.Buckets(batch=(3,), text=(77,))
+    some = jaxprune.generate_many(
+        tiny_model, requests(3), max_new_tokens=2, buckets=buckets, batch_size=3,
+        return_errors=True,
+    )  # fmt: skip
+    with (
+        pytest.raises(jaxprune.UserError, match="had to be compiled for"),
+        jaxprune.no_compilation(),
+    ):
+        list(some)
+
+
 def test_endless_requests(tiny_model):
     image = picture(0)
     endless = ((image, "What?") for _ in itertools.count())

@@ -71,6 +71,23 @@ def test_nothing_compiles_behind_it_with_tiles(name, tiled_model):
         ask_at_random(tiled_model, options, 12, most=2)
 
 
+def test_several_images_a_row(tiny_model):
+    buckets = jaxprune.Buckets(
+        batch=(1, 2), images=(2, 4), row_images=(1, 2), text=(64,), visual=(16, 24, 32),
+        new_tokens=(8,),
+    )  # fmt: skip
+    jaxprune.warmup(tiny_model, method="uniform", keep=4, buckets=buckets)
+    rng = np.random.default_rng(0)
+    a, b, c, d = (picture(rng) for _ in range(4))
+    with jaxprune.no_compilation():
+        for images in ([[a]], [[a, b]], [[a, b], [c]], [[a, b], [c, d]], [[a], [a, a]], [[a], [b]]):
+            prompts = ["<image> " * len(row) + "What?" for row in images]
+            jaxprune.generate(
+                tiny_model, images, prompts, method="uniform", keep=4, max_new_tokens=2,
+                buckets=buckets,
+            )  # fmt: skip
+
+
 def test_text_alone_draws_and_streams(tiny_model):
     jaxprune.warmup(tiny_model, buckets=BUCKETS, text_only=True, sampled=True)
     with jaxprune.no_compilation():
@@ -120,6 +137,23 @@ def test_bounds_of_the_lists():
         jaxprune.Buckets().up_to(rows=3)
     with pytest.raises(jaxprune.UserError, match="over the largest bucket 64"):
         jaxprune.Buckets().up_to(batch=65)
+
+
+def test_rooms_over_the_largest_bucket_are_left_out(tiny_model):
+    buckets = jaxprune.Buckets(visual=(16, 20))
+    shapes = Shapes(buckets, tiny_model.config, None)
+    assert {room.visual for room in shapes.every_row(2, 16, 16)} == {16, 20, 32}
+
+
+def test_a_list_of_tiles_without_one(tiny_model):
+    shapes = Shapes(jaxprune.Buckets(image_tiles=(5,)), tiny_model.config, None)
+    (shape,) = set(shapes.every_image()[:1])
+    assert list(shapes.every_selection(shape)) == [16]
+
+
+def test_a_keep_over_one_tile_is_no_mistake_with_tiles(tiled_model):
+    buckets = BUCKETS.up_to(batch=2, images=1)
+    jaxprune.warmup(tiled_model, method="uniform", keep=40, buckets=buckets)
 
 
 @pytest.mark.parametrize("name", ["none", "prumerge"])

@@ -181,7 +181,7 @@ def _by_heads(
     """Blocks of queries of a few heads of one row against the keys that they may see."""
     B, H, S, d = q.shape
     K = k.shape[1]
-    few = _heads_at_once(K)
+    few = heads_at_once(K)
     size = -(-S // (BLOCK * STAIRS)) * BLOCK if causal else S
 
     def row(part: tuple) -> tuple:
@@ -246,7 +246,7 @@ def _by_heads(
     return out.reshape(B, H, S, -1), jnp.moveaxis(received, 0, 1)
 
 
-def _heads_at_once(number: int) -> int:
+def heads_at_once(number: int) -> int:
     """As many key/value heads as there are cores, if they divide; a divisor of `number`."""
     cores = min(number, os.cpu_count() or 1)
     return next(n for n in range(cores, 0, -1) if number % n == 0)

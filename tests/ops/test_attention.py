@@ -82,7 +82,7 @@ def test_everything_sees_everything(rng, monkeypatch):
 @pytest.mark.parametrize("number, cores, expected", [(16, 2, 2), (7, 4, 1), (6, 4, 3), (2, 64, 2)])
 def test_heads_at_once_divide(number, cores, expected, monkeypatch):
     monkeypatch.setattr(module.os, "cpu_count", lambda: cores)
-    assert module._heads_at_once(number) == expected
+    assert module.heads_at_once(number) == expected
 
 
 def test_heads_have_the_gradient_of_the_definition(rng, monkeypatch):
