@@ -96,10 +96,10 @@ def generate_many(
         "chat": chat, "buckets": buckets,
     }  # fmt: skip
     model = complete(params, config, processor)
-    make_options(model.config, **fields)  # a mistake shows before anything is read
+    options = make_options(model.config, **fields)  # a mistake shows before anything is read
     buckets.fit("batch", batch_size)
     total = len(requests) if isinstance(requests, Sized) else None
-    results = _in_order(model, iter(requests), fields, batch_size, return_details)
+    results = _in_order(model, iter(requests), fields, options, batch_size, return_details)
     if total is not None:
         results = track(results, "Answering", total, show=show_progress)
     return _delivered(results, return_errors)
@@ -117,6 +117,7 @@ def _in_order(
     model: Params,
     requests: Iterator[Any],
     fields: dict[str, Any],
+    options: Options,
     batch_size: int,
     details: bool,
 ) -> Generator[Any, None, None]:
@@ -127,16 +128,17 @@ def _in_order(
     broken: Exception | None = None  # of the caller's iterator: raised behind what came before
     for due in itertools.count():
         while due not in ready:
-            while broken is None and len(waiting) < WINDOW * batch_size:
+            # Errors count as well, or an endless stream of them would be read forever.
+            while broken is None and len(waiting) + len(ready) < WINDOW * batch_size:
                 try:
                     index, request = next(numbered)
                 except StopIteration:
                     break
-                except Exception as error:
+                except Exception as error:  # the caller's own, whatever it is
                     broken = error
                     break
                 try:
-                    waiting.append(_check(model, index, request, fields))
+                    waiting.append(_check(model, index, request, fields, options))
                 except UserError as error:
                     ready[index] = error
             if not waiting:
@@ -155,8 +157,10 @@ def _in_order(
         yield ready.pop(due)
 
 
-def _check(model: Params, index: int, request: Any, fields: dict[str, Any]) -> _Waiting:
-    """One request, tokenised and its images loaded."""
+def _check(
+    model: Params, index: int, request: Any, fields: dict[str, Any], options: Options
+) -> _Waiting:
+    """One request, tokenised and its images loaded; `options` if it has none of its own."""
     if isinstance(request, Mapping):
         own = {"image": None, **request}
     elif isinstance(request, tuple | list) and len(request) == 2:
@@ -174,9 +178,10 @@ def _check(model: Params, index: int, request: Any, fields: dict[str, Any]) -> _
             f"{', '.join(sorted(allowed))}."
         )
     image, prompt = own.pop("image"), own.pop("prompt", None)
-    fields = {**fields, **own}
     assert model.processor is not None
-    options = make_options(model.config, **fields)
+    if own:
+        fields = {**fields, **own}
+        options = make_options(model.config, **fields)
     images = [image] if isinstance(image, list | tuple) else image
     prompts = [prompt] if images is not image else prompt
     made = make_request(model.processor, images, prompts, chat=options.chat)

@@ -4,8 +4,8 @@ What does not fit is refused before it is tried: out of memory, a device or the 
 end the process, and every request in it. The vision tower is not part of the estimate.
 """
 
+import functools
 import pathlib
-import resource
 import sys
 from typing import Any
 
@@ -21,10 +21,14 @@ _SPARE = 0.95  # of the free memory: estimates are no better than this
 
 
 def peak_bytes() -> int:
-    """The most memory in use so far: the first device's, on a CPU the process's."""
+    """The most memory in use so far: the first device's, on a CPU the process's; 0 if unknown."""
     found = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     if found is not None:
         return int(found)
+    if sys.platform == "win32":  # which has no such module
+        return 0
+    import resource
+
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
 
@@ -96,11 +100,13 @@ def check_memory(
     free = free_bytes() if free is None else free
     if free is None:
         return
-    sizes = {"slots": slots, "schedule": schedule, "new_slots": new_slots}
-    caches, scratch = request_bytes(config, batch=batch, **sizes)  # type: ignore[arg-type]
+    needed = functools.partial(
+        request_bytes, config, slots=slots, schedule=schedule, new_slots=new_slots
+    )
+    caches, scratch = needed(batch=batch)
     if (caches + scratch) / devices <= _SPARE * free:
         return
-    row = sum(request_bytes(config, batch=1, **sizes)) / devices  # type: ignore[arg-type]
+    row = sum(needed(batch=1)) / devices
     fitting = int(_SPARE * free / row)
     advice = "fewer new tokens, a shorter prompt, a method that keeps less, or dtype='bfloat16'"
     if fitting:

@@ -191,10 +191,9 @@ class Run:
             counts = self.counts
             self._check_context(counts)
             # Each row for itself: what a long one lacks, its neighbours still have.
-            left = self.config.text_config.context_length - np.array(
-                row_lengths(self.request.rows, counts)
-            )
-            self.limits = np.minimum(self.max_new_tokens, left)
+            lengths = np.array(row_lengths(self.request.rows, counts))
+            context = self.config.text_config.context_length
+            self.limits = np.minimum(self.max_new_tokens, context - lengths)
             self.max_new_tokens = int(self.limits.max())
             self.capacity = 0 if selection is None else selection.tokens.shape[1]
             self.indices = None if selection is None else selection.indices

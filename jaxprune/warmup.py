@@ -133,11 +133,6 @@ def warmup(
     )
 
 
-def place_of(selection: Selection) -> Any:
-    """Where an array of a selection is."""
-    return selection.tokens.sharding
-
-
 class _WarmUp:
     def __init__(self, model: Params, plan: Plan, buckets: Buckets) -> None:
         self.params, self.config, self.processor = model.arrays, model.config, model.processor
@@ -218,13 +213,14 @@ class _WarmUp:
             distinct = self.buckets.schedule_lengths
             schedule = gather_schedule(method, depth, room, distinct=distinct)
             left = candidates_left(method, depth, layout.kind, visual)
-        # Programs differ by where their arguments are, too.
-        made_of = None if selection is None else (selection.tokens.shape, place_of(selection))
-        key = (batch, sum(room), schedule, made_of[1] if made_of and self.mesh else None)
-        if (key, made_of) in self.seen:
+        shape = sharding = None
+        if selection is not None:  # on a mesh, programs differ by where their arguments are
+            shape, sharding = selection.tokens.shape, selection.tokens.sharding
+        key = (batch, sum(room), schedule, sharding)
+        if (key, shape) in self.seen:
             return
         known = key in self.seen  # the decoder does not ask what makes up its rows
-        self.seen |= {key, (key, made_of)}
+        self.seen |= {key, (key, shape)}
         layout, left = spread(layout, self.mesh), spread(left, self.mesh, axis=1)
         tokens = stages.embed(
             self.params,
@@ -260,9 +256,10 @@ class _WarmUp:
                     new_slots=new_slots,
                     greedy=greedy,
                 )
-                state = stages.decode(
-                    self.params, state, np.int32(1), sampling, eos, config=config, greedy=greedy
-                )
+                for _ in range(2):  # on a mesh, its own result may lie otherwise than prefill's
+                    state = stages.decode(
+                        self.params, state, np.int32(1), sampling, eos, config=config, greedy=greedy
+                    )
                 jax.block_until_ready(state)
                 self.done += 1
 

@@ -137,6 +137,11 @@ def test_endless_requests(tiny_model):
     assert len(set(itertools.islice(found, 5))) == 1
 
 
+def test_endless_mistakes_are_delivered(tiny_model):
+    found = jaxprune.generate_many(tiny_model, itertools.repeat(5), return_errors=True)
+    assert all(isinstance(f, jaxprune.UserError) for f in itertools.islice(found, 300))
+
+
 @pytest.mark.parametrize(
     "change, message",
     [

@@ -12,7 +12,7 @@ with fewer and larger products.
 
 import functools
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -128,14 +128,19 @@ def cached_attention(q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array)
     return out.reshape(B, H, 1, -1)
 
 
-def _by_platform(q, k, v, valid, weights, **how):  # type: ignore[no-untyped-def]
+def _by_platform(
+    q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array, weights: Any, **how: Any
+) -> tuple[jax.Array, jax.Array]:
     """The output `[B, H, S, d]`, and float32 `[n, B, S]` if there are weights `[B, S, n]`."""
-    chunks = functools.partial(_by_chunks, **how)
+    chunks: Any = functools.partial(_by_chunks, **how)
     on_mesh = not jax.sharding.get_abstract_mesh().empty  # a loop over rows would gather them
     if on_mesh or q.shape[2] <= SHORT:
         return chunks(q, k, v, valid, weights)
     heads = functools.partial(_by_heads, **how)
-    return jax.lax.platform_dependent(q, k, v, valid, weights, cpu=heads, default=chunks)
+    found: tuple[jax.Array, jax.Array] = jax.lax.platform_dependent(
+        q, k, v, valid, weights, cpu=heads, default=chunks
+    )
+    return found
 
 
 def _by_chunks(
@@ -196,7 +201,9 @@ def _by_heads(
             received = received.at[:, :keys].add(found)
         return jnp.concatenate(outs, axis=2), received
 
-    def stair(q, k, v, valid, begin, weights):  # type: ignore[no-untyped-def]
+    def stair(
+        q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array, begin: int, weights: Any
+    ) -> tuple[jax.Array, jax.Array]:
         """A part of the queries, `[K, G, T, d]`, against so many keys."""
         parts = -(-q.shape[2] // BLOCK)
         queries = _split(q, 2, parts)  # [parts, K, G, t, d]
@@ -204,7 +211,7 @@ def _by_heads(
         k, v = (x.reshape(K // few, few, *x.shape[1:]) for x in (k, v))
 
         @jax.checkpoint  # a gradient computes the weights anew instead of keeping them
-        def block(part):  # type: ignore[no-untyped-def]
+        def block(part: tuple) -> Any:
             i, q, weights = part
             place = begin + i * t + jnp.arange(t)[:, None]
             seen = valid & (place >= jnp.arange(width)) if causal else valid[None]  # [t, keys]
@@ -225,16 +232,16 @@ def _by_heads(
                         summed = jnp.maximum(summed, head) if heads == "max" else summed + head
                 return summed, (out * share).astype(v.dtype)
 
-            start = None if weights is None else jnp.zeros((t, width))
+            start: Any = None if weights is None else jnp.zeros((t, width))
             each = (q.reshape(K // few, few, *q.shape[1:]), k, v)
-            summed, out = jax.lax.scan(attend, start, each)
-            out = out.reshape(K, H // K, t, -1)
+            found: Any = jax.lax.scan(attend, start, each)
+            summed, out = found[0], found[1].reshape(K, H // K, t, -1)
             if weights is None:
                 return out, jnp.zeros((0, width))
             summed = summed / H if heads == "mean" else summed
             itself = place == jnp.arange(width)
-            found = _received(summed[None], weights[None], itself[None] if later else None)
-            return out, found[:, 0]
+            received = _received(summed[None], weights[None], itself[None] if later else None)
+            return out, received[:, 0]
 
         parted = None if weights is None else _split(weights, 0, parts)
         out, received = jax.lax.map(block, (jnp.arange(parts), queries, parted))
