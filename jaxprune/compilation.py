@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import pathlib
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -28,6 +29,13 @@ class _Thread(threading.local):
         self.forbidden = False
 
 
+class _Process:
+    """Programs of all threads, and how many there were when `check_mappings` last looked."""
+
+    made = 0
+    looked = 0
+
+
 _thread = _Thread()
 
 
@@ -37,6 +45,7 @@ def _listen() -> None:
         if event == _EVENT:
             _thread.programs.append(str(details.get("fun_name", "a program")))
             _thread.seconds += duration_secs
+            _Process.made += 1
 
     jax.monitoring.register_event_duration_secs_listener(made)
 
@@ -91,9 +100,41 @@ def no_compilation() -> Iterator[Compilations]:
         _thread.forbidden = before
 
 
+def check_mappings(*, every: int = 8, most: int | None = None) -> None:
+    """Raise `UserError` while there still is room for a few more programs.
+
+    On Linux a program on a CPU takes over a hundred memory mappings, and a process has 65,530
+    unless `vm.max_map_count` says otherwise. Beyond them LLVM ends the process.
+
+    Args:
+        every: look again when so many programs were made.
+        most: mappings; None asks the system.
+    """
+    _listen()
+    if _Process.made - _Process.looked < every or jax.default_backend() != "cpu":
+        return
+    _Process.looked = _Process.made
+    try:
+        most = most or int(pathlib.Path("/proc/sys/vm/max_map_count").read_text())
+        held = pathlib.Path("/proc/self/maps").read_bytes().count(b"\n")
+    except (OSError, ValueError):  # not Linux
+        return
+    if held > 0.95 * most:
+        _Process.looked -= every  # the next request is refused as well
+        raise UserError(
+            f"This process holds {held} of the {most} memory mappings that Linux gives it, most of "
+            "them for compiled programs. Use fewer buckets or methods in a process, free all "
+            "programs with jax.clear_caches(), or raise the limit (sysctl vm.max_map_count)."
+        )
+
+
 @contextlib.contextmanager
 def covered(stage: str, shape: dict[str, Any]) -> Iterator[None]:
-    """Raise `UserError` when a stage compiles under `no_compilation`, and say for which shape."""
+    """Raise `UserError` when a stage compiles under `no_compilation`, and say for which shape.
+
+    Where there is no room for a program the stage is refused at once; see `check_mappings`.
+    """
+    check_mappings()
     if not _thread.forbidden:
         yield
         return

@@ -1,12 +1,14 @@
 """How much memory there is, and how much a request will take in the decoder.
 
 What does not fit is refused before it is tried: out of memory, a device or the kernel would
-end the process, and every request in it. The vision tower is not part of the estimate.
+end the process, and every request in it. The tower and the decoder are looked at one after
+the other, each when its sizes are known.
 """
 
 import functools
 import pathlib
 import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -39,11 +41,60 @@ def free_bytes() -> int | None:
     if "bytes_limit" in stats:
         return int(stats["bytes_limit"] - stats.get("bytes_in_use", 0))
     try:
-        lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
-        available = next(line for line in lines if line.startswith("MemAvailable:"))
-        return int(available.split()[1]) * 1024
-    except (OSError, StopIteration, ValueError):
+        available = 1024 * _fields(pathlib.Path("/proc/meminfo"))["MemAvailable:"]
+    except (OSError, KeyError):
         return None
+    return min(available, _left_by_container(pathlib.Path("/")) or available)
+
+
+def _left_by_container(root: pathlib.Path) -> int | None:
+    """What the limits of Linux's control groups leave, v2 or v1; None where there are none."""
+    memory, left = root / "sys/fs/cgroup", []
+    try:
+        # "0::/a/b" is the process's group; what holds it may have a limit as well.
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+        own = next((line[4:] for line in lines if line.startswith("0::/")), "")
+        groups = [memory / own, *(memory / own).parents][: len(pathlib.Path(own).parts) + 1]
+        for group in [*groups, memory / "memory"]:
+            for limit, used in (
+                ("memory.max", "memory.current"),
+                ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+            ):
+                if (group / limit).exists() and (
+                    most := (group / limit).read_text().strip()
+                ) != "max":
+                    # Files in memory count as used, but are given up when needed.
+                    stat = _fields(group / "memory.stat")
+                    files = stat.get("active_file", 0) + stat.get("inactive_file", 0)
+                    left.append(int(most) - int((group / used).read_text()) + files)
+    except (OSError, ValueError):
+        return None
+    return min(left, default=None)
+
+
+def _fields(path: pathlib.Path) -> dict[str, int]:
+    """The numbers of a file of lines "name number ..."."""
+    lines = (line.split() for line in path.read_text().splitlines())
+    return {words[0]: int(words[1]) for words in lines if len(words) > 1 and words[1].isdigit()}
+
+
+def tower_bytes(config: Any, tiles: int) -> tuple[int, int]:
+    """About what encoding tiles takes beside the weights: bytes that stay, and a layer at work."""
+    c = config.vision_config
+    slots, item = 1 + c.num_patches, 4 if c.dtype == "float32" else 2
+    side = c.image_size**2 * 3 * 4
+    features = slots * c.hidden_size * (len(config.feature_layers) + 1) * item  # and keys
+    # The residual, its norm and the heads' inputs and output; or the MLP's inner layer.
+    width = 2 * c.hidden_size + max(4 * c.hidden_size, 2 * c.intermediate_size)
+    weights = 2 * _block(c.num_attention_heads, c.num_attention_heads, slots) * slots * 4
+    return tiles * (side + features), tiles * (slots * width * item + weights)
+
+
+def _block(heads: int, key_value_heads: int, slots: int) -> int:
+    """Queries of all heads of a row whose attention weights are there at once."""
+    if jax.default_backend() == "cpu":  # a few heads of a row at a time
+        return heads // key_value_heads * heads_at_once(key_value_heads) * min(BLOCK, slots)
+    return heads * min(QUERY_CHUNK, slots)
 
 
 def request_bytes(
@@ -68,16 +119,45 @@ def request_bytes(
     # The residual, its norm and the heads' inputs; then the two halves of the MLP.
     attention = slots * (2 * c.hidden_size + 4 * heads) * item
     mlp = slots * (2 * c.hidden_size + 2 * c.intermediate_size) * item
-    on_cpu = jax.default_backend() == "cpu"
-    # A CPU takes a few heads of a row at a time; elsewhere it is all of them.
-    H, K = c.num_attention_heads, c.num_key_value_heads
-    block = H // K * heads_at_once(K) * BLOCK if on_cpu else H * min(QUERY_CHUNK, slots)
+    H = c.num_attention_heads
+    block = _block(H, c.num_key_value_heads, slots)
     if schedule.score is not None and set(schedule.score.queries) <= {"last", "text"}:
         rows = 1 if schedule.score.queries == ("last",) else schedule.query_slots or slots
         block = max(block, H * min(rows, slots))  # the text's rows, once more
     weights = 2 * block * slots * 4
     logits = 2 * c.vocab_size * 4
     return caches, batch * (max(attention + weights, mlp) + logits)
+
+
+def check_tower_memory(
+    config: Any,
+    *,
+    tiles: int,
+    images: Sequence[int] = (),
+    image_tiles: int = 1,
+    devices: int = 1,
+    free: int | None = None,
+) -> None:
+    """Raise `UserError` when tiles will not fit into what is free, and say what would.
+
+    Args:
+        config: the model's config.
+        tiles: of all images.
+        images: numbers of images that can be asked for instead.
+        image_tiles: of each of these.
+        devices: that share the tiles.
+        free: bytes; None asks the device.
+    """
+    _check(
+        lambda number: tower_bytes(config, number * image_tiles),
+        tower_bytes(config, tiles),
+        f"{tiles} tiles of images",
+        numbers=images,
+        unit="images",
+        advice="dtype='bfloat16'",
+        devices=devices,
+        free=free,
+    )
 
 
 def check_memory(
@@ -87,6 +167,7 @@ def check_memory(
     slots: int,
     schedule: Schedule,
     new_slots: int,
+    batches: Sequence[int] = (),
     devices: int = 1,
     free: int | None = None,
 ) -> None:
@@ -94,27 +175,48 @@ def check_memory(
 
     Args:
         config, batch, slots, schedule, new_slots: as for `request_bytes`.
+        batches: numbers of rows that can be asked for instead.
         devices: that share the request.
         free: bytes; None asks the device.
     """
-    free = free_bytes() if free is None else free
-    if free is None:
-        return
     needed = functools.partial(
         request_bytes, config, slots=slots, schedule=schedule, new_slots=new_slots
     )
-    caches, scratch = needed(batch=batch)
-    if (caches + scratch) / devices <= _SPARE * free:
+    _check(
+        lambda number: needed(batch=number),
+        needed(batch=batch),
+        f"{batch} rows of {slots} tokens, with room for {new_slots} new ones,",
+        numbers=batches,
+        unit="prompts",
+        advice="fewer new tokens, a shorter prompt, a method that keeps less, or dtype='bfloat16'",
+        devices=devices,
+        free=free,
+    )
+
+
+def _check(
+    needed: Callable[[int], tuple[int, int]],
+    sizes: tuple[int, int],
+    what: str,
+    *,
+    numbers: Sequence[int],
+    unit: str,
+    advice: str,
+    devices: int,
+    free: int | None,
+) -> None:
+    free = free_bytes() if free is None else free
+    if free is None:
         return
-    row = sum(needed(batch=1)) / devices
-    fitting = int(_SPARE * free / row)
-    advice = "fewer new tokens, a shorter prompt, a method that keeps less, or dtype='bfloat16'"
+    room = _SPARE * free * devices
+    if sum(sizes) <= room:
+        return
+    fitting = max((number for number in numbers if sum(needed(number)) <= room), default=0)
     if fitting:
-        advice = f"about {fitting} prompts at once, {advice}"
+        advice = f"{fitting} {unit} at once, {advice}"
     raise UserError(
-        f"{batch} rows of {slots} tokens, with room for {new_slots} new ones, take about "
-        f"{_gib(caches)} of caches and {_gib(scratch)} to compute, but {_gib(free * devices)} are "
-        f"free. What may fit: {advice}."
+        f"{what} take about {_gib(sizes[0])} to keep and {_gib(sizes[1])} to compute, but "
+        f"{_gib(free * devices)} are free. What may fit: {advice}."
     )
 
 

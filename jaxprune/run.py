@@ -21,7 +21,7 @@ from jaxprune.accounting import Cost, executed, prompt_cost
 from jaxprune.compilation import covered
 from jaxprune.errors import UserError
 from jaxprune.loading import Params
-from jaxprune.memory import check_memory
+from jaxprune.memory import check_memory, check_tower_memory
 from jaxprune.methods import Plan, RandomPlaces, depth_of, resolve
 from jaxprune.ops.schedule import NO_CUTS, Schedule
 from jaxprune.ops.tiles import pack_tilings
@@ -214,6 +214,7 @@ class Run:
                 slots=sum(room),
                 schedule=self.schedule,
                 new_slots=new_slots,
+                batches=self.buckets.batch,
                 devices=devices_sharing(self.mesh, self.batch),
             )
             layout = spread(self.layout, self.mesh)
@@ -315,9 +316,16 @@ class Run:
         config, method, mesh = self.config, self.plan.vision, self.mesh
         number = len(self.tilings)
         shape = self.shapes.of_images(number, max(tiling.tiles for tiling in self.tilings))
+        tiles = shape.images * shape.tiles
+        check_tower_memory(
+            config,
+            tiles=tiles,
+            images=self.buckets.images,
+            image_tiles=shape.tiles,
+            devices=devices_sharing(mesh, tiles),
+        )
         with self._stage("preprocess"):
             pixels = pixel_values(self.processor, self.request.images, config)
-            tiles = shape.images * shape.tiles
             packing = pack_tilings(
                 self.tilings,
                 images=shape.images,

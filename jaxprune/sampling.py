@@ -48,8 +48,7 @@ def make_sampling(
     if top_p is not None and not (_is_number(top_p) and 0 < top_p <= 1):
         raise UserError(f"top_p is {top_p!r}; expected more than 0 and at most 1.")
     for seed in seeds:
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
-            raise UserError(f"seed is {seed!r}; expected a whole number from 0 to 2**32 - 1.")
+        check_seed(seed)
     # NumPy's, not JAX's: to make these on a device would take programs of their own.
     return Sampling(
         temperature=np.float32(temperature),
@@ -57,6 +56,12 @@ def make_sampling(
         top_p=np.float32(1.0 if top_p is None else top_p),
         seeds=np.asarray(seeds, np.uint32),
     )
+
+
+def check_seed(seed: object) -> None:
+    """Raise `UserError` unless `seed` is a whole number of 32 bits."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise UserError(f"seed is {seed!r}; expected a whole number from 0 to 2**32 - 1.")
 
 
 def _is_number(value: object) -> bool:

@@ -53,7 +53,7 @@ def encode(
     return family(config).encode_image(params, config, pixels, signals)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "method"))
+@functools.partial(jax.jit, static_argnames=("config",))
 def count(
     vision: VisionOutput, packing: Packing, *, config: Any, method: VisionMethod
 ) -> jax.Array:
@@ -63,7 +63,7 @@ def count(
     return left.counts + config.keep_cls
 
 
-@functools.partial(jax.jit, static_argnames=("config", "method", "capacity", "images"))
+@functools.partial(jax.jit, static_argnames=("config", "capacity", "images"))
 def select(
     vision: VisionOutput,
     packing: Packing,

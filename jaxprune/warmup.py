@@ -13,9 +13,9 @@ import jax
 import numpy as np
 
 from jaxprune import stages
-from jaxprune.compilation import Compilations
+from jaxprune.compilation import Compilations, check_mappings
 from jaxprune.loading import Params, complete
-from jaxprune.memory import check_memory, peak_bytes
+from jaxprune.memory import check_memory, check_tower_memory, peak_bytes
 from jaxprune.methods import Plan, depth_of, resolve
 from jaxprune.ops.schedule import NO_CUTS
 from jaxprune.ops.tiles import pack_tilings
@@ -92,8 +92,7 @@ def warmup(
     Afterwards `generate`, `stream` and `generate_many` compile nothing for requests of this
     method whose sizes the buckets hold; `no_compilation` proves it. They may be called with
     these buckets or with the default ones, if these are made of them by `up_to`. The stages run
-    once for each combination, so the largest one has to fit into memory. The seed of the method
-    "random" is part of its programs: warm up with the seed that requests will have.
+    once for each combination, so the largest one has to fit into memory.
 
     Args:
         params, method, config, processor, method_options: as for `generate`.
@@ -171,6 +170,7 @@ class _WarmUp:
         if shape not in self.vision:
             config, method = self.config, self.plan.vision
             tiles, size = shape.images * shape.tiles, config.vision_config.image_size
+            check_tower_memory(config, tiles=tiles, devices=devices_sharing(self.mesh, tiles))
             packing = pack_tilings(
                 [], images=shape.images, tiles=tiles, image_tiles=shape.tiles, slots=shape.slots
             )
@@ -222,6 +222,7 @@ class _WarmUp:
         known = key in self.seen  # the decoder does not ask what makes up its rows
         self.seen |= {key, (key, shape)}
         layout, left = spread(layout, self.mesh), spread(left, self.mesh, axis=1)
+        check_mappings()
         tokens = stages.embed(
             self.params,
             layout.token_ids,

@@ -8,7 +8,8 @@ import pytest
 
 import jaxprune
 from jaxprune import memory, stages
-from jaxprune.memory import check_memory, request_bytes
+from jaxprune.memory import check_memory, check_tower_memory, request_bytes, tower_bytes
+from jaxprune.models.clip import ClipVisionConfig
 from jaxprune.models.llama import LlamaConfig
 from jaxprune.models.llava import LlavaConfig
 from jaxprune.models.registry import family
@@ -41,15 +42,33 @@ def test_the_estimate_is_near_what_xla_allocates(batch, slots):
     assert 0.6 < found / allocated < 1.7
 
 
+@pytest.mark.parametrize("tiles", [1, 6])
+def test_the_towers_estimate_is_near_what_xla_allocates(tiles):
+    vision = ClipVisionConfig(
+        hidden_size=256, intermediate_size=1024, num_hidden_layers=3, num_attention_heads=4
+    )
+    config = LlavaConfig(vision_config=vision)
+    params = family(config).param_shapes(config)
+    pixels = jax.ShapeDtypeStruct((tiles, 336, 336, 3), np.float32)
+    signals = jaxprune.PruMergePlus.signals
+    sizes = stages.encode.lower(params, pixels, config=config, signals=signals).compile()
+    sizes = sizes.memory_analysis()
+    allocated = pixels.size * 4 + sizes.temp_size_in_bytes + sizes.output_size_in_bytes
+    assert 0.6 < sum(tower_bytes(config, tiles)) / allocated < 1.7
+
+
 def test_what_does_not_fit_is_refused_with_what_would():
     config = LlavaConfig.llava_1_5_7b(dtype="bfloat16")
     sizes = {"slots": 640, "schedule": NO_CUTS, "new_slots": 128}
     check_memory(config, batch=8, **sizes, free=16 << 30)
-    with pytest.raises(jaxprune.UserError, match=r"64 rows of 640 .* about \d+ prompts at once"):
-        check_memory(config, batch=64, **sizes, free=8 << 30)
+    with pytest.raises(jaxprune.UserError, match=r"64 rows of 640 .* fit: 16 prompts at once"):
+        check_memory(config, batch=64, **sizes, batches=(1, 8, 16, 32, 64), free=8 << 30)
     with pytest.raises(jaxprune.UserError, match="What may fit: fewer new tokens"):
         check_memory(config, batch=1, **sizes, free=1 << 20)
     check_memory(config, batch=64, **sizes, free=8 << 30, devices=8)
+    check_tower_memory(config, tiles=8, free=1 << 30)
+    with pytest.raises(jaxprune.UserError, match=r"320 tiles .* fit: 8 images at once"):
+        check_tower_memory(config, tiles=320, images=(1, 8, 64), image_tiles=5, free=1 << 30)
 
 
 def test_a_request_over_the_memory_leaves_the_next_alone(tiny_model, monkeypatch):
@@ -58,6 +77,28 @@ def test_a_request_over_the_memory_leaves_the_next_alone(tiny_model, monkeypatch
         with pytest.raises(jaxprune.UserError, match="are free"):
             jaxprune.generate(tiny_model, picture(0), "What?")
     assert isinstance(jaxprune.generate(tiny_model, picture(0), "What?", max_new_tokens=2), str)
+
+
+def write(folder, **files):
+    folder.mkdir(parents=True)
+    for name, text in files.items():
+        (folder / name.replace("__", ".")).write_text(text)
+
+
+def test_a_containers_limit_counts(tmp_path):
+    groups = tmp_path / "sys/fs/cgroup"
+    assert memory._left_by_container(tmp_path) is None
+    write(tmp_path / "proc/self", cgroup="0::/user/job\n")
+    write(groups / "user/job", memory__max="max", memory__current="900", memory__stat="anon 1\n")
+    assert memory._left_by_container(tmp_path) is None
+    stat = "anon 100\nactive_file 300\ninactive_file 200\n"
+    for name, text in {"memory.max": "5000", "memory.current": "4000", "memory.stat": stat}.items():
+        (groups / "user" / name).write_text(text)
+    assert memory._left_by_container(tmp_path) == 1500
+    # Version 1, as older hosts have it.
+    write(groups / "memory", memory__stat=stat, **{"memory.limit_in_bytes": "2000"},
+          **{"memory.usage_in_bytes": "1600"})  # fmt: skip
+    assert memory._left_by_container(tmp_path) == 900
 
 
 def test_memory_is_known_here():

@@ -1,10 +1,15 @@
 """After a warm-up nothing compiles, whatever requests come within its buckets."""
 
+import sys
+from functools import partial
+
 import numpy as np
 import pytest
 from PIL import Image
 
 import jaxprune
+from jaxprune import compilation
+from jaxprune.compilation import check_mappings
 from jaxprune.shapes import Shapes
 from tests import builders
 
@@ -61,6 +66,26 @@ def test_nothing_compiles_behind_it(name, tiny_model):
     with jaxprune.no_compilation() as compilations:
         ask_at_random(tiny_model, options, 12)
     assert len(compilations) == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a limit of Linux")
+def test_a_process_full_of_programs_is_refused(tiny_model, monkeypatch):
+    monkeypatch.setattr(compilation, "check_mappings", partial(check_mappings, every=0, most=10))
+    with pytest.raises(jaxprune.UserError, match=r"memory mappings .* jax.clear_caches"):
+        jaxprune.generate(tiny_model, picture(np.random.default_rng(0)), "a", buckets=BUCKETS)
+
+
+def test_a_warm_up_covers_all_seeds(tiny_model):
+    jaxprune.warmup(tiny_model, method="random", keep=5, buckets=BUCKETS)
+    image, kept = picture(np.random.default_rng(0)), set()
+    with jaxprune.no_compilation():
+        for seed in (0, 7, 2**32 - 1):
+            answer = jaxprune.generate(
+                tiny_model, image, "a", method="random", keep=5, seed=seed, max_new_tokens=2,
+                buckets=BUCKETS, return_details=True,
+            )  # fmt: skip
+            kept.add(tuple(answer.kept_indices[0].tolist()))
+    assert len(kept) == 3
 
 
 @pytest.mark.parametrize("name", ["none", "prumerge"])

@@ -1,9 +1,10 @@
 """What a pruning method is: hyperparameters in a frozen dataclass, and pure functions."""
 
+import copy
 import dataclasses
 import functools
 import math
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import numpy as np
@@ -18,9 +19,10 @@ from jaxprune.ops.visual import VisionOutput
 class VisionMethod:
     """Shortens an image before the decoder sees it.
 
-    A method is hashable data and a static argument of the jitted stages: the same method
-    runs the same program. `features` never hold a CLS token here; with the "full" select
-    strategy the caller takes it off and puts it back.
+    A method is hashable data. Jitted stages take it as a tree whose leaves are the fields named
+    in `traced`: methods that differ in nothing else run the same program. `features` never
+    hold a CLS token here; with the "full" select strategy the caller takes it off and puts it
+    back.
 
     Of an image of several tiles a method that decides by the image looks at every tile for
     itself; a fixed number of patches is counted over all tiles together, among the patches
@@ -35,6 +37,12 @@ class VisionMethod:
     """What `encode_image` has to provide besides the features."""
     merges: ClassVar[bool] = False
     """Whether kept tokens take the others in; every tile then gets one token more."""
+    traced: ClassVar[tuple[str, ...]] = ()
+    """Fields, whole numbers below 2**32, that programs get as arguments, uint32 `[]`."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        jax.tree_util.register_pytree_node(cls, _traced_fields, _with_fields)
 
     def check(self, num_patches: int) -> None:
         """Raise `UserError` when the method cannot run on images of `num_patches` patches."""
@@ -61,6 +69,18 @@ class VisionMethod:
             `[F, K, C]`, and one more token for each tile, `[F, C]`.
         """
         raise NotImplementedError
+
+
+def _traced_fields(method: VisionMethod) -> tuple[tuple[Any, ...], VisionMethod]:
+    leaves = tuple(np.uint32(getattr(method, name)) for name in method.traced)
+    return leaves, dataclasses.replace(method, **dict.fromkeys(method.traced, 0))
+
+
+def _with_fields(method: VisionMethod, leaves: tuple[Any, ...]) -> VisionMethod:
+    method = copy.copy(method)  # not made anew: its checks cannot look at a traced value
+    for name, leaf in zip(method.traced, leaves, strict=True):
+        object.__setattr__(method, name, leaf)
+    return method
 
 
 class Depth(NamedTuple):

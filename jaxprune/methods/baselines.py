@@ -7,10 +7,10 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from jaxprune.errors import UserError
 from jaxprune.methods.base import VisionMethod, check_keep, check_keep_fits
 from jaxprune.ops.ranking import descending_order, ranks
 from jaxprune.ops.tiles import Chosen, Patches
+from jaxprune.sampling import check_seed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,11 +47,11 @@ class RandomPlaces(FixedPlaces):
     name: ClassVar[str] = "random"
     paper: ClassVar[str] = "baseline"
     summary: ClassVar[str] = "keep a random subset of the patches"
+    traced: ClassVar[tuple[str, ...]] = ("seed",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
-            raise UserError(f"seed is {self.seed!r}; expected a whole number, 0 or more.")
+        check_seed(self.seed)
 
     def places(self, place: jax.Array, number: jax.Array) -> jax.Array:
         # A draw for each place by itself, so that padding changes nothing; the smallest stay.

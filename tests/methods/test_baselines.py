@@ -39,7 +39,7 @@ def test_unused_slots_are_marked(rng):
     assert selection.counts.tolist() == [3]
 
 
-@pytest.mark.parametrize("seed", [-1, 1.5, True])
+@pytest.mark.parametrize("seed", [-1, 1.5, True, 2**32])
 def test_seed_is_checked(seed):
     with pytest.raises(jaxprune.UserError, match="seed is"):
         jaxprune.RandomPlaces(keep=3, seed=seed)
