@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxprune.accounting import executed
 from jaxprune.errors import UserError
-from jaxprune.ops.attention import BLOCK, QUERY_CHUNK, heads_at_once
+from jaxprune.ops.attention import BLOCK, FULL_BLOCK, QUERY_CHUNK, heads_at_once
 from jaxprune.ops.schedule import Schedule
 
 _SPARE = 0.95  # of the free memory: estimates are no better than this
@@ -82,19 +82,13 @@ def tower_bytes(config: Any, tiles: int) -> tuple[int, int]:
     """About what encoding tiles takes beside the weights: bytes that stay, and a layer at work."""
     c = config.vision_config
     slots, item = 1 + c.num_patches, 4 if c.dtype == "float32" else 2
-    side = c.image_size**2 * 3 * 4
+    pixels = 4 * 3 * c.image_size**2
     features = slots * c.hidden_size * (len(config.feature_layers) + 1) * item  # and keys
     # The residual, its norm and the heads' inputs and output; or the MLP's inner layer.
     width = 2 * c.hidden_size + max(4 * c.hidden_size, 2 * c.intermediate_size)
-    weights = 2 * _block(c.num_attention_heads, c.num_attention_heads, slots) * slots * 4
-    return tiles * (side + features), tiles * (slots * width * item + weights)
-
-
-def _block(heads: int, key_value_heads: int, slots: int) -> int:
-    """Queries of all heads of a row whose attention weights are there at once."""
-    if jax.default_backend() == "cpu":  # a few heads of a row at a time
-        return heads // key_value_heads * heads_at_once(key_value_heads) * min(BLOCK, slots)
-    return heads * min(QUERY_CHUNK, slots)
+    H = c.num_attention_heads
+    weights = _weights_bytes(tiles, slots, heads=H, key_value_heads=H, block=FULL_BLOCK)
+    return tiles * (pixels + features), tiles * slots * width * item + weights
 
 
 def request_bytes(
@@ -117,16 +111,23 @@ def request_bytes(
     item = 4 if c.dtype == "float32" else 2
     heads = c.num_attention_heads * c.head_dim
     # The residual, its norm and the heads' inputs; then the two halves of the MLP.
-    attention = slots * (2 * c.hidden_size + 4 * heads) * item
-    mlp = slots * (2 * c.hidden_size + 2 * c.intermediate_size) * item
-    H = c.num_attention_heads
-    block = _block(H, c.num_key_value_heads, slots)
+    attention = batch * slots * (2 * c.hidden_size + 4 * heads) * item
+    mlp = batch * slots * (2 * c.hidden_size + 2 * c.intermediate_size) * item
+    H, K = c.num_attention_heads, c.num_key_value_heads
+    weights = _weights_bytes(batch, slots, heads=H, key_value_heads=K, block=BLOCK)
     if schedule.score is not None and set(schedule.score.queries) <= {"last", "text"}:
         rows = 1 if schedule.score.queries == ("last",) else schedule.query_slots or slots
-        block = max(block, H * min(rows, slots))  # the text's rows, once more
-    weights = 2 * block * slots * 4
-    logits = 2 * c.vocab_size * 4
-    return caches, batch * (max(attention + weights, mlp) + logits)
+        weights = max(weights, 2 * batch * H * min(rows, slots) * slots * 4)  # once more
+    logits = 2 * batch * c.vocab_size * 4
+    return caches, max(attention + weights, mlp) + logits
+
+
+def _weights_bytes(rows: int, slots: int, *, heads: int, key_value_heads: int, block: int) -> int:
+    """Attention weights that are there at once, before and behind the softmax."""
+    if jax.default_backend() == "cpu":  # a few heads of a row at a time
+        some = heads // key_value_heads * heads_at_once(key_value_heads)
+        return 2 * some * min(block, slots) * slots * 4
+    return 2 * rows * heads * min(QUERY_CHUNK, slots) * slots * 4
 
 
 def check_tower_memory(

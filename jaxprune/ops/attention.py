@@ -21,7 +21,10 @@ QUERY_CHUNK = 512
 """Queries handled at once: scratch memory is B * H * QUERY_CHUNK * S, not B * H * S * S."""
 
 BLOCK = 320
-"""Queries handled at once on a CPU, for a few heads of one row."""
+"""Queries of a prompt handled at once on a CPU, for a few heads of one row."""
+
+FULL_BLOCK = 640
+"""The same where every query sees every key: with no diagonal, fewer parts are faster."""
 
 SHORT = 128
 """Up to so many slots all weights of all heads are made at once everywhere: less to compile."""
@@ -205,7 +208,7 @@ def _by_heads(
         q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array, begin: int, weights: Any
     ) -> tuple[jax.Array, jax.Array]:
         """A part of the queries, `[K, G, T, d]`, against so many keys."""
-        parts = -(-q.shape[2] // BLOCK)
+        parts = -(-q.shape[2] // (BLOCK if causal else FULL_BLOCK))
         queries = _split(q, 2, parts)  # [parts, K, G, t, d]
         t, width = queries.shape[3], k.shape[1]
         k, v = (x.reshape(K // few, few, *x.shape[1:]) for x in (k, v))
@@ -254,9 +257,9 @@ def _by_heads(
 
 
 def heads_at_once(number: int) -> int:
-    """As many key/value heads as there are cores, if they divide; a divisor of `number`."""
-    cores = min(number, os.cpu_count() or 1)
-    return next(n for n in range(cores, 0, -1) if number % n == 0)
+    """Key/value heads: at most two for each core, and a divisor of `number`."""
+    most = min(number, 2 * (os.cpu_count() or 1))
+    return next(n for n in range(most, 0, -1) if number % n == 0)
 
 
 def _received_from_rows(q: jax.Array, k: jax.Array, valid: jax.Array, watch: Watch) -> jax.Array:
