@@ -16,24 +16,28 @@ class NotWarm(UserError):
     """A compilation where none is allowed."""
 
 
-# What JAX reports whenever a program was made, from source or from the persistent cache.
-_EVENT = "/jax/core/compile/backend_compile_duration"
+# What JAX reports before XLA sets to work, and whenever a program was made, from source or from
+# the persistent cache.
+_LOWERED = "/jax/core/compile/jaxpr_to_mlir_module_duration"
+_MADE = "/jax/core/compile/backend_compile_duration"
+_MOST_MAPPINGS = pathlib.Path("/proc/sys/vm/max_map_count")
 
 
 class _Thread(threading.local):
-    """A thread compiles what it calls: what it has made so far, and whether it may."""
+    """A thread compiles what it calls.
+
+    Attributes:
+        programs: what it has made so far.
+        seconds: what XLA took for them.
+        forbidden: whether it may make none.
+        guarded: whether it is in a stage, which is refused before the process is full.
+    """
 
     def __init__(self) -> None:
         self.programs: list[str] = []
         self.seconds = 0.0
         self.forbidden = False
-
-
-class _Process:
-    """Programs of all threads, and how many there were when `check_mappings` last looked."""
-
-    made = 0
-    looked = 0
+        self.guarded = False
 
 
 _thread = _Thread()
@@ -41,13 +45,14 @@ _thread = _Thread()
 
 @functools.cache
 def _listen() -> None:
-    def made(event: str, duration_secs: float, **details: str | int) -> None:
-        if event == _EVENT:
+    def heard(event: str, duration_secs: float, **details: str | int) -> None:
+        if event == _LOWERED and _thread.guarded:
+            check_mappings()
+        if event == _MADE:
             _thread.programs.append(str(details.get("fun_name", "a program")))
             _thread.seconds += duration_secs
-            _Process.made += 1
 
-    jax.monitoring.register_event_duration_secs_listener(made)
+    jax.monitoring.register_event_duration_secs_listener(heard)
 
 
 class Compilations:
@@ -100,47 +105,49 @@ def no_compilation() -> Iterator[Compilations]:
         _thread.forbidden = before
 
 
-def check_mappings(*, every: int = 8, most: int | None = None) -> None:
+def check_mappings() -> None:
     """Raise `UserError` while there still is room for a few more programs.
 
     On Linux a program on a CPU takes over a hundred memory mappings, and a process has 65,530
     unless `vm.max_map_count` says otherwise. Beyond them LLVM ends the process.
-
-    Args:
-        every: look again when so many programs were made.
-        most: mappings; None asks the system.
     """
-    _listen()
-    if _Process.made - _Process.looked < every or jax.default_backend() != "cpu":
+    if jax.default_backend() != "cpu":
         return
-    _Process.looked = _Process.made
     try:
-        most = most or int(pathlib.Path("/proc/sys/vm/max_map_count").read_text())
+        most = int(_MOST_MAPPINGS.read_text())
         held = pathlib.Path("/proc/self/maps").read_bytes().count(b"\n")
     except (OSError, ValueError):  # not Linux
         return
     if held > 0.95 * most:
-        _Process.looked -= every  # the next request is refused as well
         raise UserError(
             f"This process holds {held} of the {most} memory mappings that Linux gives it, most of "
-            "them for compiled programs. Use fewer buckets or methods in a process, free all "
-            "programs with jax.clear_caches(), or raise the limit (sysctl vm.max_map_count)."
+            "them for compiled programs; what is compiled still runs, but nothing more can be. Use "
+            "fewer buckets or methods in a process, free all programs with jax.clear_caches(), or "
+            "raise the limit (sysctl vm.max_map_count)."
         )
+
+
+@contextlib.contextmanager
+def guarded() -> Iterator[None]:
+    """A context in which `check_mappings` is asked before a program is made."""
+    _listen()
+    before, _thread.guarded = _thread.guarded, True
+    try:
+        yield
+    finally:
+        _thread.guarded = before
 
 
 @contextlib.contextmanager
 def covered(stage: str, shape: dict[str, Any]) -> Iterator[None]:
     """Raise `UserError` when a stage compiles under `no_compilation`, and say for which shape.
 
-    Where there is no room for a program the stage is refused at once; see `check_mappings`.
+    Where there is no room for another program it is refused before it is made.
     """
-    check_mappings()
-    if not _thread.forbidden:
-        yield
-        return
     found = Compilations()
-    yield
-    if len(found):
+    with guarded():
+        yield
+    if _thread.forbidden and len(found):
         sizes = ", ".join(f"{name}={value}" for name, value in shape.items())
         raise NotWarm(
             f"The stage {stage!r} had to be compiled for {sizes}, which no_compilation forbids; "

@@ -14,6 +14,7 @@ from jaxprune.checkpoints_convert.plan import flat_shapes, flatten
 from jaxprune.errors import UserError
 from jaxprune.json_file import read_json
 from jaxprune.models.registry import family_name
+from jaxprune.partition import with_auto_axes
 from jaxprune.processing import Processor, load_processor
 
 SMALL_MODEL = pathlib.Path(__file__).parent / "assets" / "small_llava"
@@ -138,7 +139,7 @@ def complete(
         _check_arrays(params, config)
     if not isinstance(processor, Processor):
         raise UserError(f"processor is a {type(processor).__name__}; expected a Processor.")
-    return Params(dict(params), config, processor)
+    return Params(with_auto_axes(dict(params), config), config, processor)
 
 
 def _check_arrays(params: Mapping[str, Any], config: Any) -> None:

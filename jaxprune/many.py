@@ -17,6 +17,7 @@ from jaxprune.run import Options, Run, make_options, seeds_of, text_room
 from jaxprune.shapes import DEFAULT_BUCKETS, Buckets
 
 WINDOW = 16  # batches that are read ahead, to find requests that go together
+IMAGE_BYTES = 1 << 30  # of decoded images, read ahead beyond a batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +27,8 @@ class _Waiting:
     Attributes:
         index: its place among all.
         request: one row and its images.
-        options: what it asks for.
+        options: what it asks for, its new tokens rounded up to a bucket.
+        limit: its new tokens, at most.
         seed: of its draws.
         shape: text bucket, images, and the bucket of their tiles.
     """
@@ -34,6 +36,7 @@ class _Waiting:
     index: int
     request: Request
     options: Options
+    limit: int
     seed: int
     shape: tuple[int, int, int]
 
@@ -129,7 +132,7 @@ def _in_order(
     for due in itertools.count():
         while due not in ready:
             # Errors count as well, or an endless stream of them would be read forever.
-            while broken is None and len(waiting) + len(ready) < WINDOW * batch_size:
+            while broken is None and _more(waiting, len(ready), batch_size):
                 try:
                     index, request = next(numbered)
                 except StopIteration:
@@ -140,7 +143,7 @@ def _in_order(
                 try:
                     waiting.append(_check(model, index, request, fields, options))
                 except UserError as error:
-                    ready[index] = error
+                    ready[index] = _bare(error)
             if not waiting:
                 break
             first = waiting[0]
@@ -194,7 +197,25 @@ def _check(
     fit, row = options.buckets.fit, made.rows[0]
     tiles = fit("image_tiles", max((tiling.tiles for tiling in tilings), default=1))
     shape = (fit("text", text_room(row, model.config)), len(row.images), tiles)
-    return _Waiting(index, made, options, seeds[0], shape)
+    limit, sizes = options.max_new_tokens, options.buckets.new_tokens
+    room = fit("new_tokens", limit) if limit <= sizes[-1] else limit
+    options = dataclasses.replace(options, max_new_tokens=room)
+    return _Waiting(index, made, options, limit, seeds[0], shape)
+
+
+def _more(waiting: list[_Waiting], ready: int, batch_size: int) -> bool:
+    """Whether to read another request ahead."""
+    if len(waiting) < batch_size:
+        return len(waiting) + ready < WINDOW * batch_size
+    images = (image for one in waiting for image in one.request.images)
+    held = sum(4 * image.height * image.width for image in images)
+    return len(waiting) + ready < WINDOW * batch_size and held < IMAGE_BYTES
+
+
+def _bare(error: UserError) -> UserError:
+    """An error without what it came from, which would keep images and arrays alive."""
+    error.__traceback__ = error.__context__ = error.__cause__ = None
+    return error
 
 
 def _run(model: Params, batch: list[_Waiting], details: bool) -> dict[int, Any]:
@@ -206,15 +227,18 @@ def _run(model: Params, batch: list[_Waiting], details: bool) -> dict[int, Any]:
         rows.append(Row(row.pieces, [i + len(images) for i in row.images]))
         images += waiting.request.images
     seeds = [waiting.seed for waiting in batch]
+    limits = [waiting.limit for waiting in batch]
+    asked = Request(rows, images, False)
     try:
-        run = Run(model, batch[0].options, Request(rows, images, False), seeds, timed=details)
+        run = Run(model, batch[0].options, asked, seeds, limits=limits, timed=details)
         finish(run)
+        answers = run.answers() if details else run.texts()
     except NotWarm:
         raise
     except UserError as error:
         if len(batch) == 1:
-            return {batch[0].index: error}
-        # One of them is at fault; alone, the others get their answers.
+            return {batch[0].index: _bare(error)}
+        answers = []
+    if not answers:  # One of them is at fault; alone, the others get their answers.
         return {k: v for waiting in batch for k, v in _run(model, [waiting], details).items()}
-    answers = run.answers() if details else run.texts()
     return {waiting.index: answer for waiting, answer in zip(batch, answers, strict=True)}

@@ -5,10 +5,11 @@ end the process, and every request in it. The tower and the decoder are looked a
 the other, each when its sizes are known.
 """
 
+import contextlib
 import functools
 import pathlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -35,11 +36,19 @@ def peak_bytes() -> int:
     return most if sys.platform == "darwin" else most * 1024
 
 
-def free_bytes() -> int | None:
-    """What a program can still allocate on a device; None where nobody says."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    if "bytes_limit" in stats:
-        return int(stats["bytes_limit"] - stats.get("bytes_in_use", 0))
+def free_bytes(devices: Sequence[jax.Device] = ()) -> int | None:
+    """What a program can still allocate on the fullest of some devices; None if nobody says.
+
+    So it is on several hosts: one that refused what the others began would let them wait forever.
+
+    Args:
+        devices: of this host; none are its first one.
+    """
+    if jax.process_count() > 1:
+        return None
+    stats = [device.memory_stats() or {} for device in devices or jax.local_devices()[:1]]
+    if all("bytes_limit" in of_one for of_one in stats):
+        return min(int(s["bytes_limit"] - s.get("bytes_in_use", 0)) for s in stats)
     try:
         available = 1024 * _fields(pathlib.Path("/proc/meminfo"))["MemAvailable:"]
     except (OSError, KeyError):
@@ -124,7 +133,8 @@ def request_bytes(
 
 def _weights_bytes(rows: int, slots: int, *, heads: int, key_value_heads: int, block: int) -> int:
     """Attention weights that are there at once, before and behind the softmax."""
-    if jax.default_backend() == "cpu":  # a few heads of a row at a time
+    on_mesh = not jax.sharding.get_abstract_mesh().empty
+    if jax.default_backend() == "cpu" and not on_mesh:  # a few heads of a row at a time
         some = heads // key_value_heads * heads_at_once(key_value_heads)
         return 2 * some * min(block, slots) * slots * 4
     return 2 * rows * heads * min(QUERY_CHUNK, slots) * slots * 4
@@ -219,6 +229,21 @@ def _check(
         f"{what} take about {_gib(sizes[0])} to keep and {_gib(sizes[1])} to compute, but "
         f"{_gib(free * devices)} are free. What may fit: {advice}."
     )
+
+
+@contextlib.contextmanager
+def told_if_exhausted() -> Iterator[None]:
+    """Turn a device's being out of memory into a `UserError`: an estimate may be wrong."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        first = str(error).splitlines()[0]
+        raise UserError(
+            f"The device is out of memory ({first}); ask fewer prompts at once, for fewer new "
+            "tokens, or with a method that keeps less."
+        ) from None
 
 
 def _gib(size: float) -> str:

@@ -10,6 +10,7 @@ import re
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -80,11 +81,33 @@ def mesh_of(arrays: dict[str, Any]) -> Mesh | None:
     return mesh if isinstance(mesh, Mesh) else None
 
 
+def with_auto_axes(arrays: dict[str, Any], config: Any) -> dict[str, Any]:
+    """Parameters as they are; laid by hand over a mesh of other axis types, on one of Auto axes.
+
+    `jax.make_mesh` makes Explicit axes, over which XLA does not propagate placements.
+
+    Raises:
+        UserError: as `check_mesh`.
+    """
+    mesh = mesh_of(arrays)
+    if mesh is None or set(mesh.axis_types) == {AxisType.Auto}:
+        return arrays
+    mesh = check_mesh(mesh, config)
+    return jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, x.sharding.spec)), arrays)
+
+
 def to_host(tree: Any) -> Any:
     """Arrays of a request as NumPy's; on several hosts every host gets all of them."""
     if all(x.is_fully_addressable or x.is_fully_replicated for x in jax.tree.leaves(tree)):
         return jax.device_get(tree)
     return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def devices_of(arrays: dict[str, Any]) -> list[jax.Device]:
+    """This host's devices that hold parameters."""
+    devices = getattr(jax.tree.leaves(arrays)[0], "devices", None)
+    found = devices() if devices is not None else jax.local_devices()[:1]
+    return [device for device in found if device.process_index == jax.process_index()]
 
 
 def devices_sharing(mesh: Mesh | None, batch: int) -> int:
@@ -109,6 +132,13 @@ def spread(tree: Any, mesh: Mesh | None, *, axis: int = 0) -> Any:
     def place(x: Any) -> jax.Array:
         split = parts > 1 and x.ndim > axis and x.shape[axis] % parts == 0
         spec = PartitionSpec(*[None] * axis, DATA_AXIS) if split else PartitionSpec()
-        return jax.device_put(x, NamedSharding(mesh, spec))
+        return placed(x, NamedSharding(mesh, spec))
 
     return jax.tree.map(place, tree)
+
+
+def placed(array: Any, sharding: NamedSharding | None) -> jax.Array:
+    """An array on its devices; None: the default one. A host of several gives its own shards."""
+    if sharding is None or sharding.is_fully_addressable or not isinstance(array, np.ndarray):
+        return jax.device_put(array, sharding)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])

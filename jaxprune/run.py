@@ -21,12 +21,12 @@ from jaxprune.accounting import Cost, executed, prompt_cost
 from jaxprune.compilation import covered
 from jaxprune.errors import UserError
 from jaxprune.loading import Params
-from jaxprune.memory import check_memory, check_tower_memory
+from jaxprune.memory import check_memory, check_tower_memory, free_bytes, told_if_exhausted
 from jaxprune.methods import Plan, RandomPlaces, depth_of, resolve
 from jaxprune.ops.schedule import NO_CUTS, Schedule
 from jaxprune.ops.tiles import pack_tilings
 from jaxprune.ops.visual import Selection
-from jaxprune.partition import devices_sharing, mesh_of, on_mesh, spread, to_host
+from jaxprune.partition import devices_of, devices_sharing, mesh_of, on_mesh, spread, to_host
 from jaxprune.processing import decode_text, pixel_values
 from jaxprune.request import (
     Layout,
@@ -141,6 +141,7 @@ class Run:
         options: what is asked for.
         request: the prompts and images.
         seeds: of the draws, one a row.
+        limits: new tokens of each row, at most; None: what the options say.
         timed: wait for every stage, so that `seconds` tells them apart.
     """
 
@@ -151,15 +152,16 @@ class Run:
         request: Request,
         seeds: Sequence[int],
         *,
+        limits: Sequence[int] | None = None,
         timed: bool = False,
     ) -> None:
         assert params.processor is not None
         self.params, self.config, self.processor = params.arrays, params.config, params.processor
-        self.mesh = mesh_of(params.arrays)
+        self.mesh, self.devices = mesh_of(params.arrays), devices_of(params.arrays)
         self.options, self.request, self.timed = options, request, timed
         self.plan, self.buckets = options.plan, options.buckets
         self.shapes = Shapes(self.buckets, self.config, self.plan.vision)
-        self.max_new_tokens = options.max_new_tokens
+        self.limits = np.array(limits or [options.max_new_tokens] * len(request.rows))
         self.seconds: dict[str, float] = {}
         sizes = [(image.height, image.width) for image in request.images]
         self.tilings = [self.config.tiling(*size) for size in sizes]
@@ -193,7 +195,7 @@ class Run:
             # Each row for itself: what a long one lacks, its neighbours still have.
             lengths = np.array(row_lengths(self.request.rows, counts))
             context = self.config.text_config.context_length
-            self.limits = np.minimum(self.max_new_tokens, context - lengths)
+            self.limits = np.minimum(self.limits, context - lengths)
             self.max_new_tokens = int(self.limits.max())
             self.capacity = 0 if selection is None else selection.tokens.shape[1]
             self.indices = None if selection is None else selection.indices
@@ -216,6 +218,7 @@ class Run:
                 new_slots=new_slots,
                 batches=self.buckets.batch,
                 devices=devices_sharing(self.mesh, self.batch),
+                free=free_bytes(self.devices),
             )
             layout = spread(self.layout, self.mesh)
             shape = {"batch": self.batch, **room._asdict(), "new_tokens": new_slots}
@@ -298,7 +301,8 @@ class Run:
 
     def answers(self) -> list[Answer]:
         """The answers so far in detail; a row that goes on has the finish reason "length"."""
-        return [self._answer(b) for b in range(len(self.request.rows))]
+        noted = to_host((self.indices, self.survivors))
+        return [self._answer(b, *noted) for b in range(len(self.request.rows))]
 
     def safe_part(self, text: str) -> str:
         """What of an unfinished text can be shown: no half character, no half stop string."""
@@ -323,6 +327,7 @@ class Run:
             images=self.buckets.images,
             image_tiles=shape.tiles,
             devices=devices_sharing(mesh, tiles),
+            free=free_bytes(self.devices),
         )
         with self._stage("preprocess"):
             pixels = pixel_values(self.processor, self.request.images, config)
@@ -340,7 +345,9 @@ class Run:
             signals = frozenset() if method is None else method.signals
             vision = stages.encode(self.params, pixels, config=config, signals=signals)
             self._wait(vision)
-        with self._stage("select", **sizes):
+        slots = self.shapes.visual_slots(shape.images, self.batch, self.row_images)
+        sizes |= {"batch": self.batch, "row_images": self.row_images}
+        with self._stage("select", **sizes) as told:
             capacity = self.shapes.fixed_capacity(shape)
             if capacity is not None:
                 self.counts = np.full(number, capacity)
@@ -348,16 +355,17 @@ class Run:
                 self.counts = self._unpruned()
             else:  # the numbers that the host has to know
                 counts = stages.count(vision, packing, config=config, method=method)
-                self.counts = np.asarray(counts)[:number]
+                self.counts = to_host(counts)[:number]
             if capacity is None:
                 capacity = self.shapes.of_selection(shape, int(self.counts.max()))
+            told["visual"] = capacity
             selection = stages.select(
                 vision,
                 packing,
                 config=config,
                 method=method,
                 capacity=capacity,
-                images=self.shapes.visual_slots(shape.images, self.batch, self.row_images),
+                images=slots,
             )
             self._wait(selection)
         return selection
@@ -391,12 +399,11 @@ class Run:
             text, reason = text[: min(found)[1]], "stop"
         return text, ids, reason
 
-    def _answer(self, b: int) -> Answer:
+    def _answer(self, b: int, indices: np.ndarray | None, survivors: Any) -> Answer:
         row = self.request.rows[b]
         text, ids, reason = self._text(b)
         first = int(self.config.keep_cls)
-        indices = np.zeros((0, 0), np.int32) if self.indices is None else np.asarray(self.indices)
-        kept = [indices[i, first : self.counts[i]] for i in row.images]
+        kept = [] if indices is None else [indices[i, first : self.counts[i]] for i in row.images]
         return Answer(
             text=text,
             token_ids=ids,
@@ -405,21 +412,22 @@ class Run:
             visual_tokens=[int(self.counts[i]) for i in row.images],
             unpruned_visual_tokens=self._unpruned()[row.images].tolist(),
             kept_indices=kept,
-            kept_by_layer=self._kept_by_layer(b),
+            kept_by_layer=self._kept_by_layer(b, indices, survivors),
             cost=self._cost(row),
             seconds=dict(self.seconds),
         )
 
-    def _kept_by_layer(self, b: int) -> dict[int, list[np.ndarray]]:
+    def _kept_by_layer(
+        self, b: int, indices: np.ndarray | None, survivors: Any
+    ) -> dict[int, list[np.ndarray]]:
         """For each layer that drops tokens, the patches of each image that are left."""
         found: dict[int, list[np.ndarray]] = {}
-        if self.indices is None:
+        if indices is None:
             return found
-        indices = np.asarray(self.indices)
         first = int(self.config.keep_cls)
-        for layer, (positions, valid) in zip(self.schedule.layers, self.survivors, strict=True):
+        for layer, (positions, valid) in zip(self.schedule.layers, survivors, strict=True):
             # Before anything is dropped, a token's position is its slot.
-            slots = np.asarray(positions)[b][np.asarray(valid)[b]]
+            slots = positions[b][valid[b]]
             visual = self.layout.visual_index[b, slots]
             _, place = np.divmod(visual[visual >= 0], max(self.capacity, 1))
             # An image may stand in a prompt twice, so what counts is which of its images it is.
@@ -448,11 +456,15 @@ class Run:
             jax.block_until_ready(found)
 
     @contextmanager
-    def _stage(self, name: str, **shape: Any) -> Iterator[None]:
-        """Add up a stage's seconds; under `no_compilation`, refuse shapes that are not warm."""
+    def _stage(self, name: str, **shape: Any) -> Iterator[dict[str, Any]]:
+        """Add up a stage's seconds; under `no_compilation`, refuse shapes that are not warm.
+
+        Yields:
+            The shape, to which the stage can add what it finds.
+        """
         began = time.perf_counter()
-        with covered(name, shape):
-            yield
+        with covered(name, shape), told_if_exhausted():
+            yield shape
         spent = time.perf_counter() - began
         self.seconds[name] = self.seconds.get(name, 0.0) + spent
 

@@ -29,7 +29,8 @@ class Buckets:
         visual: visual tokens of an image, before pruning where images differ and behind an
             adaptive method; and of a row of several images.
         text: text tokens of a row.
-        new_tokens: tokens to be generated.
+        new_tokens: tokens to be generated. Room for more costs little: decoding reads a longer
+            cache, and stops where the answer ends.
         schedule_lengths: how many different lengths a decoder's layers may have under a
             decoder-side method: each more saves padding and costs compile time. None takes
             every length as it is.
@@ -44,7 +45,7 @@ class Buckets:
         32768, 65536,
     )  # fmt: skip
     text: tuple[int, ...] = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
-    new_tokens: tuple[int, ...] = (16, 64, 128, 512, 2048, 4096)
+    new_tokens: tuple[int, ...] = (128, 512, 2048, 4096)
     schedule_lengths: int | None = 8
 
     def __post_init__(self) -> None:

@@ -9,18 +9,18 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from jaxprune import stages
-from jaxprune.compilation import Compilations, check_mappings
+from jaxprune.compilation import Compilations, guarded
+from jaxprune.errors import UserError
 from jaxprune.loading import Params, complete
-from jaxprune.memory import check_memory, check_tower_memory, peak_bytes
+from jaxprune.memory import check_memory, check_tower_memory, free_bytes, peak_bytes
 from jaxprune.methods import Plan, depth_of, resolve
 from jaxprune.ops.schedule import NO_CUTS
 from jaxprune.ops.tiles import pack_tilings
 from jaxprune.ops.visual import Selection
-from jaxprune.partition import devices_sharing, mesh_of, on_mesh, spread
+from jaxprune.partition import devices_of, devices_sharing, mesh_of, on_mesh, spread, to_host
 from jaxprune.processing import Processor
 from jaxprune.progress import track
 from jaxprune.request import Row, lay_out
@@ -110,6 +110,10 @@ def warmup(
         jaxprune.UserError: as `generate`.
     """
     model = complete(params, config, processor)
+    if not isinstance(buckets, Buckets):
+        raise UserError(f"buckets is a {type(buckets).__name__}; expected jaxprune.Buckets.")
+    if not greedy and not sampled:
+        raise UserError("Neither greedy nor sampled programs are asked for; expected one or both.")
     plan = resolve(method, model.config, **method_options)
     if plan.vision is not None and model.config.one_tile:
         plan.vision.check(model.config.vision_config.num_patches)
@@ -117,7 +121,7 @@ def warmup(
     draws = [name for name, wanted in ((True, greedy), (False, sampled)) if wanted]
     began, made = time.perf_counter(), Compilations()
     images = list(warm.combinations())
-    with on_mesh(warm.mesh):
+    with on_mesh(warm.mesh), guarded():
         for n in track(range(len(images)), "Warming up", len(images), show=show_progress):
             warm.run(images[n], draws)
         if text_only:
@@ -135,7 +139,8 @@ def warmup(
 class _WarmUp:
     def __init__(self, model: Params, plan: Plan, buckets: Buckets) -> None:
         self.params, self.config, self.processor = model.arrays, model.config, model.processor
-        self.mesh, self.plan, self.buckets = mesh_of(model.arrays), plan, buckets
+        self.mesh, self.devices = mesh_of(model.arrays), devices_of(model.arrays)
+        self.plan, self.buckets = plan, buckets
         self.shapes = Shapes(buckets, model.config, plan.vision)
         self.done = 0
         self.vision: dict[ImageShape, Any] = {}
@@ -170,7 +175,12 @@ class _WarmUp:
         if shape not in self.vision:
             config, method = self.config, self.plan.vision
             tiles, size = shape.images * shape.tiles, config.vision_config.image_size
-            check_tower_memory(config, tiles=tiles, devices=devices_sharing(self.mesh, tiles))
+            check_tower_memory(
+                config,
+                tiles=tiles,
+                devices=devices_sharing(self.mesh, tiles),
+                free=free_bytes(self.devices),
+            )
             packing = pack_tilings(
                 [], images=shape.images, tiles=tiles, image_tiles=shape.tiles, slots=shape.slots
             )
@@ -179,7 +189,7 @@ class _WarmUp:
             signals = frozenset() if method is None else method.signals
             vision = stages.encode(self.params, pixels, config=config, signals=signals)
             if method is not None and self.shapes.fixed_capacity(shape) is None:
-                stages.count(vision, packing, config=config, method=method)
+                to_host(stages.count(vision, packing, config=config, method=method))
             self.vision = {shape: (vision, packing)}  # only the newest stays in memory
         return self.vision[shape]
 
@@ -222,7 +232,6 @@ class _WarmUp:
         known = key in self.seen  # the decoder does not ask what makes up its rows
         self.seen |= {key, (key, shape)}
         layout, left = spread(layout, self.mesh), spread(left, self.mesh, axis=1)
-        check_mappings()
         tokens = stages.embed(
             self.params,
             layout.token_ids,
@@ -240,6 +249,7 @@ class _WarmUp:
                 schedule=schedule,
                 new_slots=new_slots,
                 devices=devices_sharing(self.mesh, batch),
+                free=free_bytes(self.devices),
             )
             for greedy in draws:
                 sampling = self._sampling(batch)
@@ -261,7 +271,7 @@ class _WarmUp:
                     state = stages.decode(
                         self.params, state, np.int32(1), sampling, eos, config=config, greedy=greedy
                     )
-                jax.block_until_ready(state)
+                to_host((state.step, state.tokens, state.lengths, state.done))  # as a request does
                 self.done += 1
 
     def _sampling(self, batch: int) -> Sampling:

@@ -64,6 +64,38 @@ def test_own_options(tiny_model):
         assert len(answer.token_ids) <= limit
 
 
+def test_limits_of_one_bucket_share_a_batch(tiny_model, monkeypatch):
+    sizes = batches(monkeypatch)
+    some = [{"prompt": "What?", "image": picture(i), "max_new_tokens": 3 + 2 * i} for i in range(3)]
+    found = list(jaxprune.generate_many(tiny_model, some, return_details=True))
+    assert sizes == [3]
+    for answer, request in zip(found, some, strict=True):
+        alone = jaxprune.generate(tiny_model, **request, return_details=True)
+        assert answer.token_ids == alone.token_ids
+    assert [len(answer.token_ids) for answer in found] == [3, 5, 7]  # or this tests nothing
+
+
+def test_large_images_are_not_read_far_ahead(tiny_model, monkeypatch):
+    monkeypatch.setattr(many, "IMAGE_BYTES", 1)
+    read = []
+
+    def noted():
+        for i in range(20):
+            read.append(i)
+            yield picture(i), "What?"
+
+    found = jaxprune.generate_many(tiny_model, noted(), max_new_tokens=2, batch_size=2)
+    assert isinstance(next(found), str)
+    assert read == [0, 1]
+
+
+def test_an_error_keeps_nothing_alive(tiny_model):
+    some = [(picture(0), "word " * 400), (picture(1), "word " * 400)]
+    for error in jaxprune.generate_many(tiny_model, some, return_errors=True):
+        assert isinstance(error, jaxprune.UserError)
+        assert error.__traceback__ is error.__context__ is error.__cause__ is None
+
+
 def test_draws_do_not_depend_on_the_batch(tiny_model):
     some = [{"prompt": "What?", "image": picture(0), "seed": i} for i in range(3)]
     options = {"temperature": 1.0, "max_new_tokens": 6}

@@ -73,10 +73,20 @@ def test_what_does_not_fit_is_refused_with_what_would():
 
 def test_a_request_over_the_memory_leaves_the_next_alone(tiny_model, monkeypatch):
     with monkeypatch.context() as low:
-        low.setattr(memory, "free_bytes", lambda: 1000)
+        low.setattr("jaxprune.run.free_bytes", lambda devices: 1000)
         with pytest.raises(jaxprune.UserError, match="are free"):
             jaxprune.generate(tiny_model, picture(0), "What?")
     assert isinstance(jaxprune.generate(tiny_model, picture(0), "What?", max_new_tokens=2), str)
+
+
+def test_a_device_out_of_memory_is_told():
+    with (
+        pytest.raises(jaxprune.UserError, match=r"out of memory \(RESOURCE_EXHAUSTED: 5 GiB\)"),
+        memory.told_if_exhausted(),
+    ):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 5 GiB\nmore")
+    with pytest.raises(jax.errors.JaxRuntimeError), memory.told_if_exhausted():
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
 
 def write(folder, **files):

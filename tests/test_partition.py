@@ -1,6 +1,7 @@
 """Sharded weights give the same answers; eight virtual devices in a process of their own."""
 
 import os
+import socket
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ from jax.sharding import AxisType, Mesh
 import jaxprune
 from jaxprune.partition import check_mesh
 from tests import builders
+from tests.test_generate import picture
 
 PROGRAM = """
 import sys
@@ -79,6 +81,39 @@ print("equal")
 """
 
 
+LAID_BY_HAND = """
+import jax
+import jaxprune
+from jax.sharding import NamedSharding, PartitionSpec
+
+params = jaxprune.load()
+ask = lambda params: jaxprune.generate(
+    params, [jaxprune.DEMO_IMAGE] * 2, ["Is there a red star?"] * 2, method="prumerge",
+    max_new_tokens=4)
+expected = ask(params)
+mesh = jax.make_mesh((2,), ("data",))
+assert ask(jax.device_put(params, NamedSharding(mesh, PartitionSpec()))) == expected
+assert ask(jax.device_put(params, jax.devices()[1])) == expected
+try:
+    ask(jax.device_put(params, NamedSharding(jax.make_mesh((2,), ("rows",)), PartitionSpec())))
+except jaxprune.UserError as error:
+    assert "has the axes ('rows',)" in str(error)
+    print("equal")
+"""
+
+
+def test_params_laid_by_hand_answer_alike():
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", LAID_BY_HAND],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **flags},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "equal"
+
+
 @pytest.mark.parametrize(
     "kind, methods",
     [
@@ -98,6 +133,60 @@ def test_eight_devices_answer_as_one(kind, methods):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "equal"
+
+
+HOST = """
+import sys
+
+import jax
+
+place, directory, port = sys.argv[1:]
+jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=int(place))
+import jaxprune
+from tests.test_partition import told
+
+mesh = jax.make_mesh((2, 2), ("data", "model"))
+assert mesh.devices.size == 2 * jax.local_device_count() == 4
+for line in told(jaxprune.load(directory, mesh=mesh)):
+    print("told", line)
+"""
+
+
+def told(params):
+    """What two prompts get as answers, and what is kept of their images where."""
+    answers = jaxprune.generate(
+        params, [picture(0), picture(1)], ["What?", "a b"], method=("prumerge", "fastv"), layer=1,
+        max_new_tokens=4, return_details=True,
+    )  # fmt: skip
+    return [
+        f"{a.token_ids} {a.visual_tokens} {[k.tolist() for (k,) in a.kept_by_layer.values()]}"
+        for a in answers
+    ]
+
+
+def test_two_hosts_answer_as_one(tmp_path):
+    directory = tmp_path / "m"
+    builders.write_directory(directory, builders.tiny_config())
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    hosts = [
+        subprocess.Popen(
+            [sys.executable, "-c", HOST, str(place), directory, str(port)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **flags},
+        )
+        for place in range(2)
+    ]
+    said = [host.communicate(timeout=300) for host in hosts]
+    assert [host.returncode for host in hosts] == [0, 0], said
+    lines = [[x[5:] for x in out.splitlines() if x.startswith("told ")] for out, _ in said]
+    expected = told(jaxprune.load(directory))
+    assert len(expected) == 2
+    assert lines == [expected, expected]
 
 
 def mesh_of(*names, sizes=None):

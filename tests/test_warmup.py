@@ -1,7 +1,7 @@
 """After a warm-up nothing compiles, whatever requests come within its buckets."""
 
+import dataclasses
 import sys
-from functools import partial
 
 import numpy as np
 import pytest
@@ -9,7 +9,6 @@ from PIL import Image
 
 import jaxprune
 from jaxprune import compilation
-from jaxprune.compilation import check_mappings
 from jaxprune.shapes import Shapes
 from tests import builders
 
@@ -69,10 +68,23 @@ def test_nothing_compiles_behind_it(name, tiny_model):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a limit of Linux")
-def test_a_process_full_of_programs_is_refused(tiny_model, monkeypatch):
-    monkeypatch.setattr(compilation, "check_mappings", partial(check_mappings, every=0, most=10))
-    with pytest.raises(jaxprune.UserError, match=r"memory mappings .* jax.clear_caches"):
-        jaxprune.generate(tiny_model, picture(np.random.default_rng(0)), "a", buckets=BUCKETS)
+def test_a_process_full_of_programs_makes_no_more(tiny_model, monkeypatch, tmp_path):
+    def ask(text):
+        return jaxprune.generate(
+            tiny_model, image, text, method="random", keep=3, max_new_tokens=2, buckets=buckets
+        )
+
+    image, buckets = picture(np.random.default_rng(0)), dataclasses.replace(BUCKETS, text=(64, 96))
+    answer = ask("a")
+    with monkeypatch.context() as full:
+        full.setattr(compilation, "_MOST_MAPPINGS", tmp_path / "most")
+        (tmp_path / "most").write_text("10")
+        assert ask("a") == answer  # what is compiled still runs
+        for _ in range(2):
+            with pytest.raises(jaxprune.UserError, match=r"memory mappings .* jax.clear_caches"):
+                ask("a " * 70)
+        assert ask("a") == answer
+    assert isinstance(ask("a " * 70), str)
 
 
 def test_a_warm_up_covers_all_seeds(tiny_model):

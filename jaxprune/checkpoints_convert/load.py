@@ -14,7 +14,7 @@ from jaxprune.checkpoints_convert.plan import Plan, make_plan, unflatten
 from jaxprune.errors import UserError
 from jaxprune.json_file import read_json
 from jaxprune.models.registry import CONFIGS
-from jaxprune.partition import check_mesh, sharding_of
+from jaxprune.partition import check_mesh, placed, sharding_of
 from jaxprune.progress import track
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -62,7 +62,7 @@ def load_checkpoint(
     for tensor in track(plan, "Loading", len(plan), show=show_progress):
         array = np.ascontiguousarray(tensor.read().astype(numpy_dtype, copy=False))
         place = sharding_of(tensor.path, array.shape, mesh) if mesh else None
-        flat[tensor.path] = jax.device_put(array, place)
+        flat[tensor.path] = placed(array, place)
     return unflatten(flat), config
 
 

@@ -123,7 +123,7 @@ def _check_options(
         return
     listed = ", ".join(unknown)
     near = difflib.get_close_matches(unknown[0], _OF_GENERATE, n=1)
-    if near:
+    if near and near[0] != unknown[0]:
         raise UserError(f"There is no option {listed}. Did you mean {near[0]}?")
     if named:
         has = "; ".join(f"{cls.name} has: {', '.join(_fields(cls))}" for cls in named)  # type: ignore[attr-defined]
