@@ -32,6 +32,7 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image
+from random_model import IMAGE_TOKEN, write_processor
 from rich.console import Console
 from rich.progress import track
 
@@ -40,10 +41,10 @@ from jaxprune import stages
 from jaxprune.accounting import encode_macs, executed
 from jaxprune.bench import ceilings, decoder_bytes, describe_machine
 from jaxprune.methods import FitPrune, PruMergePlus
+from jaxprune.models.llava import LlavaConfig
 from jaxprune.ops.attention import Watch, causal_attention
 from jaxprune.ops.schedule import LAST, QUESTION, VISUAL, compact, keep_best
 from jaxprune.ops.tiles import one_tile, pack_tilings
-from jaxprune.processing import processor_files
 from jaxprune.request import Request, Row
 from jaxprune.run import Run, make_options
 
@@ -75,7 +76,7 @@ def torch_model(device: str) -> Any:
             num_key_value_heads=16,
             max_position_embeddings=4096,
         ),
-        image_token_index=4,
+        image_token_index=IMAGE_TOKEN,
         attn_implementation="sdpa",
     )
     torch.manual_seed(0)
@@ -87,14 +88,9 @@ def jax_model(model: Any) -> jaxprune.Params:
     with tempfile.TemporaryDirectory() as name:
         directory = pathlib.Path(name) / "m"
         model.save_pretrained(directory)
-        for path in jaxprune.SMALL_MODEL.iterdir():
-            if path.suffix in (".json", ".jinja") and path.name != "config.json":
-                (directory / path.name).write_bytes(path.read_bytes())
-        fields = json.loads((directory / "config.json").read_text())
-        from jaxprune.models.llava import LlavaConfig
-
-        for file, content in processor_files(LlavaConfig.from_hf(fields)).items():
-            (directory / file).write_text(json.dumps(content))
+        write_processor(
+            LlavaConfig.from_hf(json.loads((directory / "config.json").read_text())), directory
+        )
         params = jaxprune.load(directory, dtype="float32")
     assert params.processor is not None
     endless = dataclasses.replace(params.processor, eos_token_ids=())
@@ -112,7 +108,7 @@ class Torch:
     def __init__(self, model: Any, images: list[Any], ids: np.ndarray, pixels: np.ndarray) -> None:
         self.model, self.images, device = model, images, model.device
         before, after = (torch.tensor(part).expand(len(images), -1) for part in ids)
-        image = torch.full((len(images), PATCHES), 4)
+        image = torch.full((len(images), PATCHES), IMAGE_TOKEN)
         self.ids = torch.cat([before, image, after], dim=1).to(device)
         self.pixels = torch.from_numpy(np.moveaxis(pixels, -1, 1).copy()).to(device)
 

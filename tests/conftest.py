@@ -1,3 +1,4 @@
+import hypothesis
 import jax
 import numpy as np
 import pytest
@@ -5,6 +6,10 @@ import pytest
 import jaxprune
 from jaxprune import scenes
 from tests import builders
+
+# The same examples in every run: what fails once fails again.
+hypothesis.settings.register_profile("repeatable", derandomize=True)
+hypothesis.settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="session")

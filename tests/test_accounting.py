@@ -30,6 +30,7 @@ METHODS = {
     "fastv": {},
     "vtw": {},
 }
+LONG = ("fitprune", "psigmoid")  # to compile
 
 
 @pytest.mark.parametrize(
@@ -54,7 +55,13 @@ def test_unpruned_cost_is_the_papers_formula():
 
 
 @pytest.mark.parametrize(
-    "name, shared", [*((name, 8) for name in METHODS), ("fitprune", 2), ("gsearch", 2)]
+    "name, shared",
+    [
+        *((name, 8) for name in METHODS if name not in LONG),
+        ("fitprune", 2),
+        *(pytest.param(name, 8, marks=pytest.mark.slow) for name in LONG),
+        pytest.param("gsearch", 2, marks=pytest.mark.slow),
+    ],
 )
 def test_close_to_the_compilers_count(name, shared, monkeypatch):
     """Unchunked and unpadded, with the logits of the last token and the ranking counted."""

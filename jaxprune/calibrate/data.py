@@ -42,7 +42,7 @@ def read_samples(path: Any, *, limit: int | None = None) -> list[Sample]:
     samples = []
     try:
         # Not splitlines: JSON may hold other line separators as they are.
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as text ({error}).") from None
     for number, line in enumerate(lines, start=1):

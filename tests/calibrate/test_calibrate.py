@@ -312,7 +312,8 @@ def test_lines_end_at_line_feeds_alone(tmp_path):
     line = json.dumps(
         {"image": "a.png", "question": "a\u2028b?", "answer": "c"}, ensure_ascii=False
     )
-    (tmp_path / "d.jsonl").write_text(line + "\n", encoding="utf-8")
+    # With a byte order mark, as some editors write it.
+    (tmp_path / "d.jsonl").write_text(line + "\n", encoding="utf-8-sig")
     found = importlib.import_module("jaxprune.calibrate.data").read_samples(tmp_path / "d.jsonl")
     assert [sample.question for sample in found] == ["a\u2028b?"]
 

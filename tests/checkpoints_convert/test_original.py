@@ -185,6 +185,20 @@ def test_mistakes_are_refused(original, tmp_path, monkeypatch, capsys):
     assert "vision_tower" in capsys.readouterr().err
 
 
+def test_it_answers_on_the_command_line(original, tmp_path, monkeypatch, capsys):
+    directory, tower = original
+    image = tmp_path / "a.png"
+    Image.new("RGB", (40, 40), "red").save(image)
+    arguments = ["generate", "--model", directory, "--vision-tower", tower, "--image", image]
+    arguments += ["--prompt", "What?", "--max-new-tokens", "3"]
+    monkeypatch.setattr("sys.argv", ["jaxprune", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 0
+    expected = jaxprune.generate(load(original), image, "What?", max_new_tokens=3)
+    assert capsys.readouterr().out == expected + "\n"
+
+
 def test_a_tokenizer_that_cannot_keep_the_ids_is_refused(original, tmp_path):
     path = original[0] / "tokenizer.json"
     fields = json.loads(path.read_text())

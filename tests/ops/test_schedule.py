@@ -151,7 +151,7 @@ def survivors_of(found):
 near_ties: list[int] = []
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
     name=st.sampled_from(list(SCORES)),
@@ -180,7 +180,8 @@ def test_gather_equals_mask(seed, name, cut, visual):
         assert len(near_ties) <= 2
         reject()
     assert survivors_of(kept) == survivors_of(kept_masked)
-    chex.assert_trees_all_close((first, second), (first_masked, second_masked), atol=1e-4)
+    # Logits of up to 20, from sums of other lengths.
+    chex.assert_trees_all_close((first, second), (first_masked, second_masked), atol=2e-4)
     for layer, ((_, valid), count) in enumerate(zip(kept, counts, strict=True)):
         assert valid.shape[1] <= lengths[layer]
         assert (np.asarray(valid).sum(1) == left[layer]).all(), count
