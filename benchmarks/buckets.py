@@ -2,6 +2,7 @@
 
     python benchmarks/buckets.py --json buckets.json          # about half an hour
     python benchmarks/buckets.py --requests 100 --sets default
+    python benchmarks/buckets.py --lists-only                 # only what lists cost and save
 
 First every kind of schedule is warmed up on the shipped model, then requests of 1 to 8 prompts of
 1 to 500 text tokens, with images of random sizes, own or shared, go through all of them under
@@ -97,10 +98,42 @@ def padding(config: Any, lengths: list[list[int]], buckets: jaxprune.Buckets) ->
     return executed / exact
 
 
+def answer_all(params: jaxprune.Params, requests: list) -> dict[str, int]:
+    """Warm up all methods with the coarse lists, and let the requests go through them in turn."""
+    # Programs hold memory mappings, of which Linux gives a process 65,530.
+    jax.clear_caches()
+    coarse, reports = buckets_of("coarse"), {}
+    for name, options in track(METHODS.items(), "Warming up", console=console):
+        fields = {"method": name, **options}
+        reports[name] = jaxprune.warmup(params, buckets=coarse, **fields)
+    began, kinds = time.perf_counter(), list(METHODS.items())
+    with jaxprune.no_compilation() as compilations:
+        for number, (images, prompts) in enumerate(track(requests, "Answering", console=console)):
+            name, options = kinds[number % len(kinds)]
+            fields = {"method": name, **options}
+            jaxprune.generate(
+                params, images, prompts, max_new_tokens=1 + number % NEW, buckets=coarse, **fields
+            )
+    answering = time.perf_counter() - began
+
+    print("\n| method | combinations | programs | warm-up, s | of it XLA |")
+    print("|---|---:|---:|---:|---:|")
+    for name, report in reports.items():
+        cells = f"{report.combinations} | {sum(report.programs.values())} | {report.seconds:.0f}"
+        print(f"| {name} | {cells} | {report.compile_seconds:.0f} |")
+    programs = sum(sum(report.programs.values()) for report in reports.values())
+    print(
+        f"\n{len(requests)} requests in {answering:.0f} s behind {programs} programs: "
+        f"{len(compilations)} compilations."
+    )
+    return {"compilations": len(compilations), "programs": programs}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--requests", type=int, default=2000)
     parser.add_argument("--sets", nargs="*", default=list(LISTS), choices=list(LISTS))
+    parser.add_argument("--lists-only", action="store_true", help="answer no requests")
     parser.add_argument("--json", type=pathlib.Path, help="write the numbers here too")
     args = parser.parse_args()
     params = jaxprune.load()
@@ -120,40 +153,15 @@ def main() -> None:
         )
         console.print(rows[-1])
 
-    # Programs hold memory mappings, of which Linux gives a process 65,530.
-    jax.clear_caches()
-    coarse, reports = buckets_of("coarse"), {}
-    for name, options in track(METHODS.items(), "Warming up", console=console):
-        fields = {"method": name, **options}
-        reports[name] = jaxprune.warmup(params, buckets=coarse, **fields)
-    began, kinds = time.perf_counter(), list(METHODS.items())
-    with jaxprune.no_compilation() as compilations:
-        for number, (images, prompts) in enumerate(track(requests, "Answering", console=console)):
-            name, options = kinds[number % len(kinds)]
-            fields = {"method": name, **options}
-            jaxprune.generate(
-                params, images, prompts, max_new_tokens=1 + number % NEW, buckets=coarse, **fields
-            )
-    answering = time.perf_counter() - began
-
     print("| buckets | programs | warm-up, s | padding adds |")
     print("|---|---:|---:|---:|")
     for row in rows:
         cells = f"{row['programs']} | {row['seconds']:.0f} | {100 * row['padding']:.0f} %"
         print(f"| {row['buckets']} | {cells} |")
-    print("\n| method | combinations | programs | warm-up, s | of it XLA |")
-    print("|---|---:|---:|---:|---:|")
-    for name, report in reports.items():
-        cells = f"{report.combinations} | {sum(report.programs.values())} | {report.seconds:.0f}"
-        print(f"| {name} | {cells} | {report.compile_seconds:.0f} |")
-    programs = sum(sum(report.programs.values()) for report in reports.values())
-    print(
-        f"\n{len(requests)} requests in {answering:.0f} s behind {programs} programs: "
-        f"{len(compilations)} compilations."
-    )
+    found = {} if args.lists_only else answer_all(params, requests)
     if args.json:
-        fields = {"lists": rows, "compilations": len(compilations), "programs": programs}
-        args.json.write_text(json.dumps({**fields, "machine": describe_machine()}, indent=1))
+        fields = {"lists": rows, **found, "machine": describe_machine()}
+        args.json.write_text(json.dumps(fields, indent=1))
 
 
 if __name__ == "__main__":

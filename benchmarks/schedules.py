@@ -3,7 +3,7 @@
     python benchmarks/schedules.py --json schedules.json
 
 A decoder of 12 layers, width 1024, MLP 2816, with random weights, on one row of 60 text
-tokens and 576 (then 2,880) visual ones. All methods take turns in every round, so that a noisy
+tokens and 576 (then 2,928) visual ones. All methods take turns in every round, so that a noisy
 machine treats them alike; ratios are of medians.
 
     promised   FLOPs of the executed, rounded-up lengths, and of the exact counts beside it
@@ -193,7 +193,7 @@ def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--visual-tokens", type=int, nargs="*", default=[576, 2880])
+    parser.add_argument("--visual-tokens", type=int, nargs="*", default=[576, 2928])
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--mlp", type=int, default=2816)
     parser.add_argument("--exact", action="store_true", help="as many lengths as there are")

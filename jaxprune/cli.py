@@ -294,8 +294,9 @@ def bench(
     method: Annotated[
         list[str] | None,
         typer.Option(
-            help="A method, with its options behind a colon, e.g. prumerge_plus:keep=64; repeat "
-            "it to compare several. The first is what the others are compared with."
+            help="A method, with its options behind a colon and semicolons between them, e.g. "
+            "prumerge_plus:keep=64;order=raster; repeat it to compare several. The first is what "
+            "the others are compared with."
         ),
     ] = None,
     image: Annotated[

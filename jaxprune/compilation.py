@@ -1,4 +1,4 @@
-"""XLA compilations: counting them, and forbidding them once everything is warm."""
+"""XLA compilations: counting them, forbidding them, refusing them before a process is full."""
 
 import contextlib
 import functools

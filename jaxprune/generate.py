@@ -58,7 +58,7 @@ def generate(
         top_k: draw from the k likeliest only.
         top_p: draw from the likeliest that together reach this probability.
         seed: of the draws; one for all rows, or one a row. Rows of equal seed and prompt
-            draw the same. The method "random" takes it too.
+            draw the same. The method "random" takes it too, if it is one number.
         stop: strings that end an answer; they are not part of it.
         chat: wrap prompts in the model's chat template; False takes them as they stand.
         return_details: `Answer` objects instead of strings.
@@ -152,7 +152,8 @@ def stream(
         for a row that has nothing new.
 
     Raises:
-        jaxprune.UserError: as `generate`, at the first piece.
+        jaxprune.UserError: as `generate`; for what its arguments tell at the call, for the
+            rest at the first piece.
     """
     if isinstance(chunk_tokens, bool) or not isinstance(chunk_tokens, int) or chunk_tokens < 1:
         raise UserError(f"chunk_tokens is {chunk_tokens!r}; expected a whole number, 1 or more.")

@@ -64,8 +64,9 @@ def generate_many(
 ) -> Iterator[Any]:
     """Answer many requests, in their order, each as soon as it and those before it are done.
 
-    Requests that share their options and the buckets of their sizes run together. A window of
-    16 batches is read ahead, so `requests` may be endless.
+    Requests run together that share their options, their number of images and the buckets of
+    their text, tiles and new tokens. Up to 16 batches are read ahead, fewer where their images
+    take more than 1 GiB, so `requests` may be endless.
 
     Args:
         params, config, processor, buckets: as for `generate`.
@@ -85,7 +86,9 @@ def generate_many(
         A string, `Answer` or `UserError` for every request.
 
     Raises:
-        jaxprune.UserError: for arguments that are wrong for all requests, at once.
+        jaxprune.UserError: for arguments that are wrong for all requests, at once; without
+            `return_errors`, a request's own; under `no_compilation`, for a shape not covered.
+        Exception: what `requests` itself raises, behind the answers before it.
     """
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise UserError(f"batch_size is {batch_size!r}; expected a whole number, 1 or more.")

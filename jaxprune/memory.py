@@ -1,4 +1,4 @@
-"""How much memory there is, and how much a request will take in the decoder.
+"""How much memory there is, and how much a request will take in the tower and the decoder.
 
 What does not fit is refused before it is tried: out of memory, a device or the kernel would
 end the process, and every request in it. The tower and the decoder are looked at one after

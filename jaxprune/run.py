@@ -1,4 +1,4 @@
-"""One request on its way through the stages: what `generate` and `stream` drive.
+"""One request on its way through the stages: what `generate`, `stream` and `generate_many` drive.
 
     request.py     image + prompt -> rows of token ids, RGB images              (host)
     stages.py      encode, count, select, embed, prefill, decode                (jit)
@@ -143,6 +143,10 @@ class Run:
         seeds: of the draws, one a row.
         limits: new tokens of each row, at most; None: what the options say.
         timed: wait for every stage, so that `seconds` tells them apart.
+
+    Raises:
+        UserError: here for what the arguments tell; in `start` and `advance` for what only
+            the images or the device do, and under `no_compilation` for a shape not covered.
     """
 
     def __init__(

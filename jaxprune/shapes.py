@@ -34,6 +34,9 @@ class Buckets:
         schedule_lengths: how many different lengths a decoder's layers may have under a
             decoder-side method: each more saves padding and costs compile time. None takes
             every length as it is.
+
+    Raises:
+        UserError: for lists that are not ascending positive whole numbers.
     """
 
     batch: tuple[int, ...] = _POWERS

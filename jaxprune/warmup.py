@@ -15,7 +15,13 @@ from jaxprune import stages
 from jaxprune.compilation import Compilations, guarded
 from jaxprune.errors import UserError
 from jaxprune.loading import Params, complete
-from jaxprune.memory import check_memory, check_tower_memory, free_bytes, peak_bytes
+from jaxprune.memory import (
+    check_memory,
+    check_tower_memory,
+    free_bytes,
+    peak_bytes,
+    told_if_exhausted,
+)
 from jaxprune.methods import Plan, depth_of, resolve
 from jaxprune.ops.schedule import NO_CUTS
 from jaxprune.ops.tiles import pack_tilings
@@ -121,7 +127,7 @@ def warmup(
     draws = [name for name, wanted in ((True, greedy), (False, sampled)) if wanted]
     began, made = time.perf_counter(), Compilations()
     images = list(warm.combinations())
-    with on_mesh(warm.mesh), guarded():
+    with on_mesh(warm.mesh), guarded(), told_if_exhausted():
         for n in track(range(len(images)), "Warming up", len(images), show=show_progress):
             warm.run(images[n], draws)
         if text_only:

@@ -257,9 +257,9 @@ def _by_heads(
 
 
 def heads_at_once(number: int) -> int:
-    """Key/value heads: at most two for each core, and a divisor of `number`."""
-    most = min(number, 2 * (os.cpu_count() or 1))
-    return next(n for n in range(most, 0, -1) if number % n == 0)
+    """As many key/value heads as there are cores, if they divide; a divisor of `number`."""
+    cores = min(number, os.cpu_count() or 1)
+    return next(n for n in range(cores, 0, -1) if number % n == 0)
 
 
 def _received_from_rows(q: jax.Array, k: jax.Array, valid: jax.Array, watch: Watch) -> jax.Array:
