@@ -53,7 +53,8 @@ def free_bytes(devices: Sequence[jax.Device] = ()) -> int | None:
         available = 1024 * _fields(pathlib.Path("/proc/meminfo"))["MemAvailable:"]
     except (OSError, KeyError):
         return None
-    return min(available, _left_by_container(pathlib.Path("/")) or available)
+    left = _left_by_container(pathlib.Path("/"))
+    return available if left is None else min(available, left)
 
 
 def _left_by_container(root: pathlib.Path) -> int | None:

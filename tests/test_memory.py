@@ -111,6 +111,11 @@ def test_a_containers_limit_counts(tmp_path):
     assert memory._left_by_container(tmp_path) == 900
 
 
+def test_a_full_container_has_nothing_left(monkeypatch):
+    monkeypatch.setattr(memory, "_left_by_container", lambda root: 0)
+    assert memory.free_bytes() == 0
+
+
 def test_memory_is_known_here():
     assert memory.peak_bytes() > 1 << 20
     assert memory.free_bytes() is None or memory.free_bytes() > 1 << 20

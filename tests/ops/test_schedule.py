@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, reject, settings
+from hypothesis import example, given, reject, settings
 from hypothesis import strategies as st
 
 from jaxprune.models.llama import LlamaConfig, LlamaDecoder, Tokens
@@ -158,6 +158,7 @@ near_ties: list[int] = []
     cut=st.sampled_from([AFTER_ATTENTION, BETWEEN_LAYERS]),
     visual=st.lists(st.integers(0, 12), min_size=3, max_size=3),
 )
+@example(seed=247, name="fitprune", cut=AFTER_ATTENTION, visual=[0, 0, 12])
 def test_gather_equals_mask(seed, name, cut, visual):
     rng = np.random.default_rng(seed)
     text = rng.integers(1, 6, size=3).tolist()
@@ -180,7 +181,7 @@ def test_gather_equals_mask(seed, name, cut, visual):
         assert len(near_ties) <= 2
         reject()
     assert survivors_of(kept) == survivors_of(kept_masked)
-    # Logits of up to 20, from sums of other lengths.
+    # Logits reach 25 here. Most draws differ by 1e-5 to 3e-5, the example above by 1.1e-4.
     chex.assert_trees_all_close((first, second), (first_masked, second_masked), atol=2e-4)
     for layer, ((_, valid), count) in enumerate(zip(kept, counts, strict=True)):
         assert valid.shape[1] <= lengths[layer]
