@@ -24,13 +24,13 @@ from random_model import random_params
 from rich.console import Console
 
 import jaxprune
-from jaxprune.bench import bench, describe_machine
-from jaxprune.calibrate.data import scene_samples
+from jaxprune.data.samples import scene_samples
 from jaxprune.methods import resolve
 from jaxprune.models.clip import ClipVisionConfig
 from jaxprune.models.llama import LlamaConfig
 from jaxprune.models.llava import LlavaConfig
 from jaxprune.models.presets import PRESETS
+from jaxprune.reports.bench import bench, describe_machine
 
 console = Console(stderr=True)
 METHODS = {

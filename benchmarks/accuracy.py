@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import track
 
 import jaxprune
-from jaxprune import scenes
+from jaxprune.data import scenes
 
 BATCH = 64
 console = Console(stderr=True)

@@ -37,16 +37,16 @@ from rich.console import Console
 from rich.progress import track
 
 import jaxprune
-from jaxprune import stages
-from jaxprune.accounting import encode_macs, executed
-from jaxprune.bench import ceilings, decoder_bytes, describe_machine
+from jaxprune.engine import stages
+from jaxprune.engine.cost import encode_macs, executed
+from jaxprune.engine.session import Run, make_options
+from jaxprune.inputs.request import Request, Row
 from jaxprune.methods import FitPrune, PruMergePlus
 from jaxprune.models.llava import LlavaConfig
 from jaxprune.ops.attention import Watch, causal_attention
-from jaxprune.ops.schedule import LAST, QUESTION, VISUAL, compact, keep_best
+from jaxprune.ops.cuts import LAST, QUESTION, VISUAL, compact, keep_best
 from jaxprune.ops.tiles import one_tile, pack_tilings
-from jaxprune.request import Request, Row
-from jaxprune.run import Run, make_options
+from jaxprune.reports.bench import ceilings, decoder_bytes, describe_machine
 
 console = Console(stderr=True)
 TEXT, PATCHES, SIDE = 60, 576, 336
@@ -188,7 +188,7 @@ def measure(
         for _ in range(batch)
     ]
     ids = rng.integers(5, 500, size=(2, TEXT // 2))
-    from jaxprune.processing import pixel_values
+    from jaxprune.inputs.processor import pixel_values
 
     pixels = pixel_values(params.processor, images, params.config)
     reference = Torch(model, images, ids, pixels)

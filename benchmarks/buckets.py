@@ -23,11 +23,11 @@ from rich.console import Console
 from rich.progress import track
 
 import jaxprune
-from jaxprune.accounting import layer_macs
-from jaxprune.bench import describe_machine
-from jaxprune.request import make_request
-from jaxprune.run import text_room
-from jaxprune.shapes import Shapes
+from jaxprune.engine.cost import layer_macs
+from jaxprune.engine.session import text_room
+from jaxprune.engine.shapes import Shapes
+from jaxprune.inputs.request import make_request
+from jaxprune.reports.bench import describe_machine
 
 console = Console(stderr=True)
 NEW = 8

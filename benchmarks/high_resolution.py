@@ -20,8 +20,8 @@ from accuracy import by_kind
 from results import Store, console, measure
 
 import jaxprune
-from jaxprune import scenes
 from jaxprune.calibrate import Sample
+from jaxprune.data import scenes
 
 SIDE, SHRINK = 192, 0.5
 BUDGETS = (0.5, 0.25, 0.125)

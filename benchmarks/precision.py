@@ -16,9 +16,9 @@ from rich.console import Console
 from rich.progress import track
 
 import jaxprune
-from jaxprune import scenes
-from jaxprune.bench import describe_machine
 from jaxprune.checkpoints_convert.load import DTYPES
+from jaxprune.data import scenes
+from jaxprune.reports.bench import describe_machine
 
 console = Console(stderr=True)
 METHODS = {

@@ -17,18 +17,18 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from jaxprune import stages
-from jaxprune.accounting import encode_macs, executed
-from jaxprune.bench import ceilings, describe_machine
+from jaxprune.engine import stages
+from jaxprune.engine.cost import encode_macs, executed
+from jaxprune.engine.sampling import make_sampling
+from jaxprune.inputs.request import Row, lay_out
 from jaxprune.models.clip import ClipVisionConfig
 from jaxprune.models.llama import LlamaConfig
 from jaxprune.models.llava import LlavaConfig
 from jaxprune.models.registry import family
 from jaxprune.ops.attention import Watch, causal_attention, full_attention
-from jaxprune.ops.schedule import NO_CUTS
+from jaxprune.ops.cuts import NO_CUTS
 from jaxprune.ops.tiles import one_tile, pack_tilings
-from jaxprune.request import Row, lay_out
-from jaxprune.sampling import make_sampling
+from jaxprune.reports.bench import ceilings, describe_machine
 
 N, TEXT, NEW = 576, 60, 16
 

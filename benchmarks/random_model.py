@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 import jaxprune
+from jaxprune.inputs.processor import Processor, load_processor, processor_files
 from jaxprune.models.registry import family
-from jaxprune.processing import Processor, load_processor, processor_files
 
 IMAGE_TOKEN = 4
 """Of the small model's tokenizer, which all of these have; a config has to say so."""

@@ -23,14 +23,14 @@ from rich.console import Console
 from scipy.stats import kendalltau
 
 import jaxprune
-from jaxprune import scenes
 from jaxprune.calibrate import encode_samples, evaluate, scene_samples
 from jaxprune.calibrate.fitprune import FitSchedule
-from jaxprune.compilation import Compilations
+from jaxprune.data import scenes
+from jaxprune.devices.compilation import Compilations
+from jaxprune.engine.lengths import candidates_left, mask_schedule
 from jaxprune.methods import FitPrune, depth_of, resolve
-from jaxprune.ops.schedule import AFTER_ATTENTION, Schedule, Score
-from jaxprune.plots import figure
-from jaxprune.schedules import candidates_left, mask_schedule
+from jaxprune.ops.cuts import AFTER_ATTENTION, Schedule, Score
+from jaxprune.reports.recipe_plot import figure
 
 COMMENT = "## What holds, and what does not"
 BUDGETS = (0.5, 0.25, 0.125, 0.0625)

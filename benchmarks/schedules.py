@@ -25,7 +25,9 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from jaxprune.accounting import cache_bytes, executed, prompt_cost
+from jaxprune.engine.cost import cache_bytes, executed, prompt_cost
+from jaxprune.engine.lengths import candidates_left, gather_schedule
+from jaxprune.engine.shapes import Lengths
 from jaxprune.methods import (
     VTW,
     DecoderMethod,
@@ -40,9 +42,7 @@ from jaxprune.methods import (
 )
 from jaxprune.models.llama import LlamaConfig, LlamaDecoder, Tokens
 from jaxprune.models.llava import LlavaConfig
-from jaxprune.ops.schedule import CONTEXT, LAST, NO_CUTS, QUESTION, VISUAL
-from jaxprune.schedules import candidates_left, gather_schedule
-from jaxprune.shapes import Lengths
+from jaxprune.ops.cuts import CONTEXT, LAST, NO_CUTS, QUESTION, VISUAL
 
 console = Console(stderr=True)
 TEXT = 60

@@ -8,8 +8,8 @@ import argparse
 from PIL import Image, ImageDraw, ImageFont
 
 import jaxprune
-from jaxprune.images import load_image
-from jaxprune.show import kept_patches, views
+from jaxprune.inputs.images import load_image
+from jaxprune.reports.kept_patches import kept_patches, views
 
 SIDE, GAP, CAPTION = 288, 16, 34
 

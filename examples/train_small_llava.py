@@ -44,11 +44,12 @@ from rich.progress import (
 )
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from jaxprune import checkpoints_convert, scenes
+from jaxprune import checkpoints_convert
+from jaxprune.data import scenes
+from jaxprune.inputs.processor import CLIP_MEAN, CLIP_STD, processor_files
 from jaxprune.models import llava
 from jaxprune.models.clip import ClipVisionConfig, ClipVisionTower
 from jaxprune.models.llama import LlamaConfig, LlamaDecoder, Tokens
-from jaxprune.processing import CLIP_MEAN, CLIP_STD, processor_files
 
 MEAN, STD = np.array(CLIP_MEAN, np.float32), np.array(CLIP_STD, np.float32)
 PROMPT_BEFORE_IMAGE = "USER: "

@@ -33,11 +33,12 @@ from train_small_llava import (
 )
 
 import jaxprune
-from jaxprune import checkpoints_convert, scenes
+from jaxprune import checkpoints_convert
+from jaxprune.data import scenes
+from jaxprune.inputs.processor import load_processor, pixel_values, processor_files
 from jaxprune.models import llava_next
 from jaxprune.models.llava_next import LlavaNextConfig
 from jaxprune.ops.tiles import NEWLINE
-from jaxprune.processing import load_processor, pixel_values, processor_files
 
 TILE = 96
 SIDE = 2 * TILE

@@ -1,11 +1,14 @@
 """Visual-token pruning for LLaVA-family models in JAX."""
 
 from jaxprune.calibrate import calibrate
-from jaxprune.compilation import no_compilation
+from jaxprune.devices.compilation import no_compilation
+from jaxprune.engine.batching import generate_many
+from jaxprune.engine.session import Answer
+from jaxprune.engine.shapes import Buckets
+from jaxprune.engine.warmup import WarmUp, warmup
 from jaxprune.errors import UserError
 from jaxprune.generate import generate, stream
-from jaxprune.loading import DEMO_IMAGE, SMALL_MODEL, Params, export, load
-from jaxprune.many import generate_many
+from jaxprune.inputs.processor import Processor
 from jaxprune.methods import (
     METHODS,
     VTW,
@@ -20,12 +23,9 @@ from jaxprune.methods import (
     RandomPlaces,
     UniformPlaces,
 )
-from jaxprune.processing import Processor
-from jaxprune.recipes import Recipe, load_recipe, save_recipe
-from jaxprune.run import Answer
-from jaxprune.shapes import Buckets
+from jaxprune.methods.recipes import Recipe, load_recipe, save_recipe
+from jaxprune.model import DEMO_IMAGE, SMALL_MODEL, Params, export, load
 from jaxprune.version import __version__
-from jaxprune.warmup import WarmUp, warmup
 
 __all__ = [
     "DEMO_IMAGE",

@@ -11,12 +11,12 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from jaxprune.engine.session import Run, make_options, seeds_of
+from jaxprune.engine.shapes import DEFAULT_BUCKETS, Buckets
 from jaxprune.errors import UserError
-from jaxprune.loading import Params, complete
-from jaxprune.processing import Processor
-from jaxprune.request import make_request
-from jaxprune.run import Run, make_options, seeds_of
-from jaxprune.shapes import DEFAULT_BUCKETS, Buckets
+from jaxprune.inputs.processor import Processor
+from jaxprune.inputs.request import make_request
+from jaxprune.model import Params, complete
 
 STOP_CHECK_EVERY = 16  # tokens between looks for a stop string
 

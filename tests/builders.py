@@ -13,13 +13,13 @@ import jaxprune
 from jaxprune import checkpoints_convert
 from jaxprune.checkpoints_convert.plan import flatten
 from jaxprune.checkpoints_convert.tables import key_of
+from jaxprune.engine.session import Run, make_options
+from jaxprune.inputs.processor import processor_files
+from jaxprune.inputs.request import make_request
 from jaxprune.models import llava, llava_next
 from jaxprune.models.clip import ClipVisionConfig
 from jaxprune.models.llama import LlamaConfig
 from jaxprune.models.registry import family, family_name
-from jaxprune.processing import processor_files
-from jaxprune.request import make_request
-from jaxprune.run import Run, make_options
 
 
 def tiny_config(*, vision=None, text=None, **fields):

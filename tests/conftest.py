@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import jaxprune
-from jaxprune import scenes
+from jaxprune.data import scenes
 from tests import builders
 
 # The same examples in every run: what fails once fails again.

@@ -10,15 +10,15 @@ import pytest
 from typer.testing import CliRunner
 
 import jaxprune
-from jaxprune.accounting import executed, prompt_cost
 from jaxprune.cli import app
+from jaxprune.engine.cost import executed, prompt_cost
+from jaxprune.engine.lengths import gather_schedule
+from jaxprune.engine.shapes import Lengths
 from jaxprune.methods import depth_of, resolve
 from jaxprune.models.llama import LlamaConfig, LlamaDecoder, Tokens
 from jaxprune.models.llava import LlavaConfig
 from jaxprune.ops import attention
-from jaxprune.ops.schedule import NO_CUTS
-from jaxprune.schedules import gather_schedule
-from jaxprune.shapes import Lengths
+from jaxprune.ops.cuts import NO_CUTS
 from tests.builders import start
 from tests.test_generate import picture
 

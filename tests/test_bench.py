@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import jaxprune
-from jaxprune.bench import bench
+from jaxprune.reports.bench import bench
 from tests import builders
 from tests.test_generate import picture
 

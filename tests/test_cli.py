@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 import jaxprune
-from jaxprune import scenes
+from jaxprune.data import scenes
 from tests import builders
 
 

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 
 import jaxprune
-from jaxprune import stages
+from jaxprune.engine import stages
+from jaxprune.engine.lengths import candidates_left, gather_schedule
+from jaxprune.engine.sampling import make_sampling
+from jaxprune.engine.shapes import Lengths
+from jaxprune.inputs.request import Row, lay_out
 from jaxprune.methods import Depth
 from jaxprune.models.registry import family
-from jaxprune.ops.schedule import NO_CUTS
+from jaxprune.ops.cuts import NO_CUTS
 from jaxprune.ops.tiles import pack_tilings
-from jaxprune.request import Row, lay_out
-from jaxprune.sampling import make_sampling
-from jaxprune.schedules import candidates_left, gather_schedule
-from jaxprune.shapes import Lengths
 from tests import builders
 
 PLATFORMS = ("cpu", "cuda", "tpu")

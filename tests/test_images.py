@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 import jaxprune
-from jaxprune.images import crop_strip, load_image
+from jaxprune.inputs.images import crop_strip, load_image
 
 
 @pytest.fixture

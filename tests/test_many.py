@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 import jaxprune
-from jaxprune import many
+from jaxprune.engine import batching as many
 from tests.test_generate import picture
 
 

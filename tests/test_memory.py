@@ -7,15 +7,16 @@ import numpy as np
 import pytest
 
 import jaxprune
-from jaxprune import memory, stages
-from jaxprune.memory import check_memory, check_tower_memory, request_bytes, tower_bytes
+from jaxprune.engine import footprint as memory
+from jaxprune.engine import stages
+from jaxprune.engine.footprint import check_memory, check_tower_memory, request_bytes, tower_bytes
+from jaxprune.engine.sampling import make_sampling
+from jaxprune.inputs.request import Row, lay_out
 from jaxprune.models.clip import ClipVisionConfig
 from jaxprune.models.llama import LlamaConfig
 from jaxprune.models.llava import LlavaConfig
 from jaxprune.models.registry import family
-from jaxprune.ops.schedule import NO_CUTS
-from jaxprune.request import Row, lay_out
-from jaxprune.sampling import make_sampling
+from jaxprune.ops.cuts import NO_CUTS
 from tests.test_generate import picture
 
 
@@ -73,7 +74,7 @@ def test_what_does_not_fit_is_refused_with_what_would():
 
 def test_a_request_over_the_memory_leaves_the_next_alone(tiny_model, monkeypatch):
     with monkeypatch.context() as low:
-        low.setattr("jaxprune.run.free_bytes", lambda devices: 1000)
+        low.setattr("jaxprune.engine.session.free_bytes", lambda devices: 1000)
         with pytest.raises(jaxprune.UserError, match="are free"):
             jaxprune.generate(tiny_model, picture(0), "What?")
     assert isinstance(jaxprune.generate(tiny_model, picture(0), "What?", max_new_tokens=2), str)

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AxisType, Mesh
 
 import jaxprune
-from jaxprune.partition import check_mesh
+from jaxprune.devices.mesh import check_mesh
 from tests import builders
 from tests.test_generate import picture
 
@@ -22,7 +22,7 @@ import chex
 import jax
 import jaxprune
 from jax.sharding import PartitionSpec
-from jaxprune import scenes
+from jaxprune.data import scenes
 from tests.builders import start
 
 kind, methods = sys.argv[1:]

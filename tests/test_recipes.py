@@ -6,8 +6,8 @@ import pytest
 import jaxprune
 from jaxprune.methods import METHODS, resolve
 from jaxprune.methods.base import Depth
+from jaxprune.methods.recipes import PUBLISHED, Recipe, fingerprint, load_recipe, save_recipe
 from jaxprune.models.llava import LlavaConfig
-from jaxprune.recipes import PUBLISHED, Recipe, fingerprint, load_recipe, save_recipe
 from tests.builders import tiny_config
 
 REAL = LlavaConfig.llava_1_5_7b()

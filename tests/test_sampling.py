@@ -1,7 +1,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.sampling import make_sampling, next_token
+from jaxprune.engine.sampling import make_sampling, next_token
 
 
 def shares(logits, draws=4000, **options):

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from jaxprune import scenes
+from jaxprune.data import scenes
 
 
 def test_a_scene_follows_from_its_seed():

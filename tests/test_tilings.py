@@ -11,14 +11,14 @@ import pytest
 from PIL import Image
 
 import jaxprune
-from jaxprune import stages
 from jaxprune.calibrate import Sample
+from jaxprune.engine import stages
+from jaxprune.engine.lengths import mask_schedule
 from jaxprune.methods import depth_of, resolve
 from jaxprune.models.llava_next import LlavaNextConfig
 from jaxprune.models.llava_next.config import anyres, best_resolution
 from jaxprune.ops.tiles import NEWLINE, one_tile
-from jaxprune.schedules import mask_schedule
-from jaxprune.show import kept_over_depth
+from jaxprune.reports.kept_patches import kept_over_depth
 from tests import builders
 from tests.builders import start
 from tests.methods import builders as tiles
@@ -319,7 +319,7 @@ def test_an_attention_window_is_refused():
 
 
 def test_cost_of_the_published_recipes():
-    from jaxprune.accounting import prompt_cost
+    from jaxprune.engine.cost import prompt_cost
 
     config = LlavaNextConfig.llava_1_6_vicuna_7b(dtype="bfloat16")
     for save, at_2928, at_2880 in ((0.4, 40.2, 40.3), (0.6, 60.1, 60.3)):

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import jaxprune
-from jaxprune import scenes
+from jaxprune.data import scenes
 
 SCRIPT = pathlib.Path(__file__).parent.parent / "examples" / "train_small_llava.py"
 

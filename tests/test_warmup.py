@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 import jaxprune
-from jaxprune import compilation
-from jaxprune.shapes import Shapes
+from jaxprune.devices import compilation
+from jaxprune.engine.shapes import Shapes
 from tests import builders
 
 BUCKETS = jaxprune.Buckets(

@@ -19,18 +19,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.calibrate import fitprune, search
-from jaxprune.calibrate.data import DEFAULT_SAMPLES, Sample, read_samples, scene_samples
 from jaxprune.calibrate.evaluate import METRICS, CalibrationSet, encode_samples, score
-from jaxprune.calibrate.memory import Memory
+from jaxprune.calibrate.progress_file import Memory
+from jaxprune.data.samples import DEFAULT_SAMPLES, Sample, read_samples, scene_samples
 from jaxprune.errors import UserError
-from jaxprune.loading import Params
 from jaxprune.methods import GSearch, Iti, PSigmoid, depth_of
 from jaxprune.methods.base import check_share, round_half_up
 from jaxprune.methods.gsearch import check_queries
 from jaxprune.methods.iti import tail_start
+from jaxprune.methods.recipes import Recipe, fingerprint
+from jaxprune.model import Params
 from jaxprune.models.registry import family_name
 from jaxprune.ops.ranking import descending_order, ranks
-from jaxprune.recipes import Recipe, fingerprint
 
 CALIBRATED = ("fitprune", "gsearch", "psigmoid", "iti")
 SEARCHES = ("bisection", "bayesian")

@@ -13,20 +13,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import stages
-from jaxprune.calibrate.data import Sample
+from jaxprune.data.samples import Sample
+from jaxprune.engine import stages
+from jaxprune.engine.lengths import candidates_left, mask_schedule
+from jaxprune.engine.shapes import DEFAULT_BUCKETS, Lengths
 from jaxprune.errors import UserError
-from jaxprune.loading import Params
+from jaxprune.inputs.processor import pixel_values
+from jaxprune.inputs.request import Layout, Row, lay_out, make_request, text_length
 from jaxprune.methods import DecoderMethod, depth_of
+from jaxprune.model import Params
 from jaxprune.models.registry import family
-from jaxprune.ops.schedule import NO_CUTS, Schedule, is_last
+from jaxprune.ops.cuts import NO_CUTS, Schedule, is_last
 from jaxprune.ops.tiles import Patches, pack_tilings, patches_of
 from jaxprune.ops.visual import Selection
-from jaxprune.processing import pixel_values
 from jaxprune.progress import track
-from jaxprune.request import Layout, Row, lay_out, make_request, text_length
-from jaxprune.schedules import candidates_left, mask_schedule
-from jaxprune.shapes import DEFAULT_BUCKETS, Lengths
 
 METRICS = ("accuracy", "logprob")
 

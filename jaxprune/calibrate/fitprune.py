@@ -25,11 +25,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.accounting import layer_macs
 from jaxprune.calibrate.evaluate import CalibrationSet, run_prompts, run_set
+from jaxprune.engine.cost import layer_macs
 from jaxprune.errors import UserError
 from jaxprune.methods import FitPrune
-from jaxprune.ops.schedule import AFTER_ATTENTION, VISUAL, Schedule, is_visual
+from jaxprune.ops.cuts import AFTER_ATTENTION, VISUAL, Schedule, is_visual
 
 WIDTH = 0.01
 

@@ -9,7 +9,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jaxprune.errors import UserError
-from jaxprune.json_file import read_json
+from jaxprune.files import read_json
 
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}

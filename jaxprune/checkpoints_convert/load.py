@@ -9,12 +9,12 @@ import ml_dtypes
 import numpy as np
 
 from jaxprune.checkpoints_convert.files import stored_tensors
-from jaxprune.checkpoints_convert.original import is_original, original_config
+from jaxprune.checkpoints_convert.llava_original import is_original, original_config
 from jaxprune.checkpoints_convert.plan import Plan, make_plan, unflatten
+from jaxprune.devices.mesh import check_mesh, placed, sharding_of
 from jaxprune.errors import UserError
-from jaxprune.json_file import read_json
+from jaxprune.files import read_json
 from jaxprune.models.registry import CONFIGS
-from jaxprune.partition import check_mesh, placed, sharding_of
 from jaxprune.progress import track
 
 DTYPES = ("float32", "bfloat16", "float16")

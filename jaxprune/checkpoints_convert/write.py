@@ -13,6 +13,13 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from jaxprune.checkpoints_convert.files import stored_tensors
+from jaxprune.checkpoints_convert.llava_original import (
+    HubForm,
+    hub_form,
+    is_original,
+    widen,
+    with_new_rows,
+)
 from jaxprune.checkpoints_convert.load import (
     DTYPES,
     existing_directory,
@@ -20,17 +27,10 @@ from jaxprune.checkpoints_convert.load import (
     plan_with_tower,
     read_config,
 )
-from jaxprune.checkpoints_convert.original import (
-    HubForm,
-    hub_form,
-    is_original,
-    widen,
-    with_new_rows,
-)
 from jaxprune.checkpoints_convert.plan import Plan, flatten
 from jaxprune.checkpoints_convert.tables import key_of
 from jaxprune.errors import UserError
-from jaxprune.json_file import read_json
+from jaxprune.files import read_json
 from jaxprune.models.registry import family_name
 from jaxprune.progress import track
 

@@ -18,8 +18,8 @@ from jaxprune.methods.fixed_schedules import VTW, FastV, PyramidDrop
 from jaxprune.methods.gsearch import GSearch, PSigmoid
 from jaxprune.methods.iti import Interaction, Iti, LongTail
 from jaxprune.methods.prumerge import PruMerge, PruMergePlus
+from jaxprune.methods.recipes import Recipe, load_recipe
 from jaxprune.models.registry import family_name
-from jaxprune.recipes import Recipe, load_recipe
 
 METHODS: dict[str, type] = {
     cls.name: cls

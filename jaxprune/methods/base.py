@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from jaxprune.errors import UserError
-from jaxprune.ops.schedule import BETWEEN_LAYERS, Score
+from jaxprune.ops.cuts import BETWEEN_LAYERS, Score
 from jaxprune.ops.tiles import Chosen, Patches
 from jaxprune.ops.visual import VisionOutput
 

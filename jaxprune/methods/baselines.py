@@ -7,10 +7,10 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from jaxprune.engine.sampling import check_seed
 from jaxprune.methods.base import VisionMethod, check_keep, check_keep_fits
 from jaxprune.ops.ranking import descending_order, ranks
 from jaxprune.ops.tiles import Chosen, Patches
-from jaxprune.sampling import check_seed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -27,10 +27,10 @@ from typing import ClassVar
 
 import numpy as np
 
-from jaxprune import recipes
 from jaxprune.errors import UserError
+from jaxprune.methods import recipes
 from jaxprune.methods.base import DecoderMethod, Depth, check_share
-from jaxprune.ops.schedule import AFTER_ATTENTION, Score
+from jaxprune.ops.cuts import AFTER_ATTENTION, Score
 
 MOST_TOKENS = 1_000_000
 

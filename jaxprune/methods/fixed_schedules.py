@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from jaxprune.errors import UserError
 from jaxprune.methods.base import Depth, KeepRates, check_depth, check_layer, check_share
-from jaxprune.ops.schedule import Score
+from jaxprune.ops.cuts import Score
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

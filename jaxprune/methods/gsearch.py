@@ -20,10 +20,10 @@ import itertools
 import math
 from typing import Any, ClassVar
 
-from jaxprune import recipes
 from jaxprune.errors import UserError
+from jaxprune.methods import recipes
 from jaxprune.methods.base import Depth, KeepRates, check_depth, check_layer, check_share
-from jaxprune.ops.schedule import Score
+from jaxprune.ops.cuts import Score
 
 STEEPEST = 50.0
 

@@ -35,8 +35,8 @@ from jaxprune.methods.base import (
     check_share,
     round_half_up,
 )
+from jaxprune.ops.cuts import Score
 from jaxprune.ops.ranking import descending_order, ranks
-from jaxprune.ops.schedule import Score
 from jaxprune.ops.tiles import Chosen, Patches
 
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 import jaxprune
-from jaxprune import scenes
-from jaxprune.accounting import layer_macs
 from jaxprune.calibrate import Sample, calibrate, encode_samples, evaluate, score
+from jaxprune.data import scenes
+from jaxprune.engine.cost import layer_macs
 from jaxprune.models import llava
-from jaxprune.ops.schedule import LAST, QUESTION, VISUAL
+from jaxprune.ops.cuts import LAST, QUESTION, VISUAL
 from tests import builders
 from tests.builders import start, tiny_config, write_directory
 from tests.methods.plain_decoder import PlainDecoder
@@ -153,7 +153,7 @@ def test_scores_are_those_of_generation(model, samples):
     data = encode_samples(model, [Sample(s.image, s.question, "x") for s in samples[:3]])
     batch = data.batches[0]
     longest = max(len(answer.token_ids) for answer in said)
-    rows = importlib.import_module("jaxprune.request")
+    rows = importlib.import_module("jaxprune.inputs.request")
     requests = [
         rows.make_request(model.processor, s.image, s.question, chat=True) for s in samples[:3]
     ]
@@ -314,7 +314,7 @@ def test_lines_end_at_line_feeds_alone(tmp_path):
     )
     # With a byte order mark, as some editors write it.
     (tmp_path / "d.jsonl").write_text(line + "\n", encoding="utf-8-sig")
-    found = importlib.import_module("jaxprune.calibrate.data").read_samples(tmp_path / "d.jsonl")
+    found = importlib.import_module("jaxprune.data.samples").read_samples(tmp_path / "d.jsonl")
     assert [sample.question for sample in found] == ["a\u2028b?"]
 
 
@@ -322,8 +322,8 @@ def test_an_answer_is_split_as_behind_its_prompt(tmp_path):
     """A tokenizer that puts a space in front of every text would give it a second one."""
     from tokenizers import normalizers
 
-    from jaxprune.processing import load_processor
-    from jaxprune.request import make_request
+    from jaxprune.inputs.processor import load_processor
+    from jaxprune.inputs.request import make_request
 
     tokenizer = builders.llama_tokenizer()
     tokenizer.pre_tokenizer = None

@@ -10,7 +10,7 @@ from PIL import Image
 import jaxprune
 from jaxprune import checkpoints_convert, cli
 from jaxprune.checkpoints_convert.plan import flatten
-from jaxprune.processing import as_messages, load_processor, pixel_values, render, tokenize
+from jaxprune.inputs.processor import as_messages, load_processor, pixel_values, render, tokenize
 from tests import builders
 
 IDS = 290
@@ -107,10 +107,10 @@ def test_new_rows_are_the_mean_of_the_old(original, tmp_path):
 def test_the_vocabulary_grows_to_a_multiple_of_64(rows):
     array = np.arange(rows * 2, dtype=np.float16).reshape(rows, 2)
     path = "language_model/embed_tokens/embedding"
-    found = checkpoints_convert.original.with_new_rows(path, array, 128)
+    found = checkpoints_convert.llava_original.with_new_rows(path, array, 128)
     assert found.shape == (128, 2) and found.dtype == np.float16
     np.testing.assert_array_equal(found[rows:], np.tile([rows - 1, rows], (128 - rows, 1)))
-    other = checkpoints_convert.original.with_new_rows("language_model/norm/scale", array, 128)
+    other = checkpoints_convert.llava_original.with_new_rows("language_model/norm/scale", array, 128)
     assert other is array
 
 

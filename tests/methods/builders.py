@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from jaxprune import stages
+from jaxprune.engine import stages
 from jaxprune.ops.tiles import one_tile, pack_tilings, patches_of
 from jaxprune.ops.visual import VisionOutput
 

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 
 import jaxprune
-from jaxprune import run as engine
+from jaxprune.engine import session as engine
+from jaxprune.engine.lengths import mask_schedule
 from jaxprune.methods import depth_of
 from jaxprune.models import llava
-from jaxprune.ops.schedule import LAST, QUESTION, VISUAL
-from jaxprune.schedules import mask_schedule
+from jaxprune.ops.cuts import LAST, QUESTION, VISUAL
 from tests.builders import start, tiny_config, write_directory
 from tests.methods import plain_decoder as plain
 from tests.test_generate import picture
@@ -142,7 +142,7 @@ def test_sigmoid_points_and_rates():
     """The published operating points reproduce their alpha; rates meet the keep rate."""
     from jaxprune.methods.base import Depth
     from jaxprune.methods.gsearch import solve_alpha
-    from jaxprune.recipes import published_recipes
+    from jaxprune.methods.recipes import published_recipes
 
     points = published_recipes("psigmoid")
     assert len(points) == 5

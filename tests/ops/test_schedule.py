@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from jaxprune.models.llama import LlamaConfig, LlamaDecoder, Tokens
 from jaxprune.ops import attention as attention_module
 from jaxprune.ops.attention import Watch, causal_attention
-from jaxprune.ops.schedule import (
+from jaxprune.ops.cuts import (
     AFTER_ATTENTION,
     BETWEEN_LAYERS,
     CONTEXT,

@@ -8,7 +8,7 @@ import transformers
 
 import jaxprune
 from jaxprune.checkpoints_convert.load import read_config
-from jaxprune.processing import processor_files
+from jaxprune.inputs.processor import processor_files
 from tests.builders import set_image_size
 
 VISION = {

@@ -16,8 +16,8 @@ from jaxprune import checkpoints_convert  # noqa: E402
 from jaxprune.checkpoints_convert.keys import canonical_key  # noqa: E402
 from jaxprune.checkpoints_convert.plan import flat_shapes, stored_shape  # noqa: E402
 from jaxprune.checkpoints_convert.tables import path_of  # noqa: E402
+from jaxprune.inputs.processor import as_messages, pixel_values, render  # noqa: E402
 from jaxprune.models.llava_next import LlavaNextConfig  # noqa: E402
-from jaxprune.processing import as_messages, pixel_values, render  # noqa: E402
 from tests.builders import start  # noqa: E402
 from tests.oracle import builders  # noqa: E402
 

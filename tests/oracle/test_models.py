@@ -8,8 +8,8 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from jaxprune import checkpoints_convert  # noqa: E402
+from jaxprune.inputs.request import Row, lay_out  # noqa: E402
 from jaxprune.models import llava  # noqa: E402
-from jaxprune.request import Row, lay_out  # noqa: E402
 from tests.builders import forward_logits  # noqa: E402
 from tests.oracle import builders  # noqa: E402
 

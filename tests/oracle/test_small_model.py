@@ -53,7 +53,7 @@ def test_several_turns_are_rendered_alike(reference, small_model):
         {"role": "user", "content": [{"type": "text", "text": "Two?"}]},
     ]
     expected = processor.apply_chat_template(turns, add_generation_prompt=True)
-    from jaxprune.processing import as_messages, render
+    from jaxprune.inputs.processor import as_messages, render
 
     assert render(small_model.processor, as_messages(turns, 1)) == expected
 
@@ -64,8 +64,8 @@ def test_several_turns_are_rendered_alike(reference, small_model):
 def test_pixels_equal_the_reference_processor(reference, small_model, size, rng):
     from PIL import Image
 
-    from jaxprune.images import load_image
-    from jaxprune.processing import pixel_values
+    from jaxprune.inputs.images import load_image
+    from jaxprune.inputs.processor import pixel_values
 
     _, processor = reference
     array = rng.integers(0, 256, size=(size[1], size[0], 3), dtype=np.uint8)

@@ -17,7 +17,7 @@ from jaxprune.models.activations import ACTIVATIONS
 from jaxprune.models.llama.config import LlamaConfig
 from jaxprune.ops import rope
 from jaxprune.ops.attention import Watch, attention, cached_attention, causal_attention
-from jaxprune.ops.schedule import AFTER_ATTENTION, BETWEEN_LAYERS, NO_CUTS, Schedule
+from jaxprune.ops.cuts import AFTER_ATTENTION, BETWEEN_LAYERS, NO_CUTS, Schedule
 
 
 class Tokens(flax.struct.PyTreeNode):

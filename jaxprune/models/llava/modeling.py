@@ -18,7 +18,7 @@ from jaxprune.models.activations import ACTIVATIONS
 from jaxprune.models.clip.modeling import ClipVisionTower
 from jaxprune.models.llama.modeling import LayerCache, LlamaDecoder, Prefilled, Tokens
 from jaxprune.models.llava.config import LlavaConfig
-from jaxprune.ops.schedule import NO_CUTS, Schedule
+from jaxprune.ops.cuts import NO_CUTS, Schedule
 from jaxprune.ops.visual import Selection, VisionOutput
 
 Params = dict[str, Any]

@@ -16,7 +16,7 @@ from jaxprune.methods import (
     depth_of,
     resolve,
 )
-from jaxprune.recipes import Recipe
+from jaxprune.methods.recipes import Recipe
 
 PUBLISHED: list[tuple[str, DecoderMethod]] = [
     ("FitPrune 40 %, LLaVA-1.5-7B", FitPrune(save=0.4)),

@@ -4,9 +4,9 @@ import functools
 
 import numpy as np
 
+from jaxprune.engine.shapes import Lengths, few_lengths
 from jaxprune.methods.base import DecoderMethod, Depth, removed_table
-from jaxprune.ops.schedule import QUESTION, VISUAL, Schedule
-from jaxprune.shapes import Lengths, few_lengths
+from jaxprune.ops.cuts import QUESTION, VISUAL, Schedule
 
 
 @functools.lru_cache(maxsize=256)

@@ -9,9 +9,8 @@ import numpy as np
 from PIL import Image
 
 from jaxprune.errors import UserError
-from jaxprune.images import load_image
-from jaxprune.ops.schedule import ANSWER, CONTEXT, LAST, LAST_VISUAL, QUESTION, VISUAL
-from jaxprune.processing import (
+from jaxprune.inputs.images import load_image
+from jaxprune.inputs.processor import (
     IMAGE_PLACEHOLDER,
     Processor,
     as_messages,
@@ -19,6 +18,7 @@ from jaxprune.processing import (
     render,
     tokenize,
 )
+from jaxprune.ops.cuts import ANSWER, CONTEXT, LAST, LAST_VISUAL, QUESTION, VISUAL
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,7 @@ import numpy as np
 
 from jaxprune.errors import UserError
 from jaxprune.methods import Plan, depth_of
-from jaxprune.ops.schedule import AFTER_ATTENTION, Schedule
+from jaxprune.ops.cuts import AFTER_ATTENTION, Schedule
 
 FORMULA = (
     "multiply-adds of the decoder's layers: nD(H+2K)d + 2n^2Hd + n'HdD + 3n'Dm "

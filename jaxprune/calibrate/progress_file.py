@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jaxprune.errors import UserError
-from jaxprune.json_file import read_json
+from jaxprune.files import read_json
 
 
 class Memory:

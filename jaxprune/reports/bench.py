@@ -16,15 +16,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.accounting import encode_macs
-from jaxprune.compilation import Compilations
+from jaxprune.devices.compilation import Compilations
+from jaxprune.engine.cost import encode_macs
+from jaxprune.engine.footprint import peak_bytes
+from jaxprune.engine.shapes import DEFAULT_BUCKETS, Buckets
 from jaxprune.errors import UserError
 from jaxprune.generate import generate
-from jaxprune.images import load_image
-from jaxprune.loading import Params
-from jaxprune.memory import peak_bytes
+from jaxprune.inputs.images import load_image
+from jaxprune.model import Params
 from jaxprune.progress import track
-from jaxprune.shapes import DEFAULT_BUCKETS, Buckets
 from jaxprune.version import __version__
 
 STAGES = ("preprocess", "encode", "select", "prefill", "decode")

@@ -15,10 +15,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxprune.accounting import executed
+from jaxprune.engine.cost import executed
 from jaxprune.errors import UserError
 from jaxprune.ops.attention import BLOCK, FULL_BLOCK, QUERY_CHUNK, heads_at_once
-from jaxprune.ops.schedule import Schedule
+from jaxprune.ops.cuts import Schedule
 
 _SPARE = 0.95  # of the free memory: estimates are no better than this
 

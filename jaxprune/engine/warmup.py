@@ -11,29 +11,29 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxprune import stages
-from jaxprune.compilation import Compilations, guarded
-from jaxprune.errors import UserError
-from jaxprune.loading import Params, complete
-from jaxprune.memory import (
+from jaxprune.devices.compilation import Compilations, guarded
+from jaxprune.devices.mesh import devices_of, devices_sharing, mesh_of, on_mesh, spread, to_host
+from jaxprune.engine import stages
+from jaxprune.engine.footprint import (
     check_memory,
     check_tower_memory,
     free_bytes,
     peak_bytes,
     told_if_exhausted,
 )
+from jaxprune.engine.lengths import candidates_left, gather_schedule
+from jaxprune.engine.sampling import Sampling, make_sampling
+from jaxprune.engine.session import eos_ids
+from jaxprune.engine.shapes import DEFAULT_BUCKETS, Buckets, ImageShape, Lengths, Shapes
+from jaxprune.errors import UserError
+from jaxprune.inputs.processor import Processor
+from jaxprune.inputs.request import Row, lay_out
 from jaxprune.methods import Plan, depth_of, resolve
-from jaxprune.ops.schedule import NO_CUTS
+from jaxprune.model import Params, complete
+from jaxprune.ops.cuts import NO_CUTS
 from jaxprune.ops.tiles import pack_tilings
 from jaxprune.ops.visual import Selection
-from jaxprune.partition import devices_of, devices_sharing, mesh_of, on_mesh, spread, to_host
-from jaxprune.processing import Processor
 from jaxprune.progress import track
-from jaxprune.request import Row, lay_out
-from jaxprune.run import eos_ids
-from jaxprune.sampling import Sampling, make_sampling
-from jaxprune.schedules import candidates_left, gather_schedule
-from jaxprune.shapes import DEFAULT_BUCKETS, Buckets, ImageShape, Lengths, Shapes
 
 SERVING_BUCKETS = DEFAULT_BUCKETS.up_to(batch=8, images=8, row_images=1, text=512, new_tokens=128)
 """What `warmup` covers unless told otherwise."""

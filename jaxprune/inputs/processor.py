@@ -12,8 +12,8 @@ import numpy as np
 from PIL import Image
 
 from jaxprune.errors import UserError
-from jaxprune.images import crop_strip
-from jaxprune.json_file import read_json
+from jaxprune.files import read_json
+from jaxprune.inputs.images import crop_strip
 
 IMAGE_PLACEHOLDER = "<image>"
 MOST_ENLARGED = 16  # sides of a tile that an image may be resized to before it is cropped

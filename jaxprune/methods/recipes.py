@@ -26,10 +26,10 @@ import pathlib
 from typing import Any
 
 from jaxprune.errors import UserError
-from jaxprune.json_file import is_file, read_json
+from jaxprune.files import is_file, read_json
 
 SCHEMA = 1
-PUBLISHED = pathlib.Path(__file__).parent / "assets" / "recipes"
+PUBLISHED = pathlib.Path(__file__).parents[1] / "assets" / "recipes"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,14 +8,14 @@ from typing import Any
 import jax
 
 from jaxprune import checkpoints_convert
+from jaxprune.checkpoints_convert.llava_original import is_original
 from jaxprune.checkpoints_convert.load import existing_directory
-from jaxprune.checkpoints_convert.original import is_original
 from jaxprune.checkpoints_convert.plan import flat_shapes, flatten
+from jaxprune.devices.mesh import with_auto_axes
 from jaxprune.errors import UserError
-from jaxprune.json_file import read_json
+from jaxprune.files import read_json
+from jaxprune.inputs.processor import Processor, load_processor
 from jaxprune.models.registry import family_name
-from jaxprune.partition import with_auto_axes
-from jaxprune.processing import Processor, load_processor
 
 SMALL_MODEL = pathlib.Path(__file__).parent / "assets" / "small_llava"
 """The model that ships: it answers questions about drawn scenes."""

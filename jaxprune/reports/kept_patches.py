@@ -9,9 +9,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from jaxprune.errors import UserError
 from jaxprune.generate import generate
-from jaxprune.images import load_image
-from jaxprune.loading import Params
-from jaxprune.processing import pixel_values
+from jaxprune.inputs.images import load_image
+from jaxprune.inputs.processor import pixel_values
+from jaxprune.model import Params
 
 DROPPED = 0.25  # brightness of a patch that is gone
 

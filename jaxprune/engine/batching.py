@@ -6,15 +6,15 @@ import itertools
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sized
 from typing import Any
 
-from jaxprune.compilation import NotWarm
+from jaxprune.devices.compilation import NotWarm
+from jaxprune.engine.session import Options, Run, make_options, seeds_of, text_room
+from jaxprune.engine.shapes import DEFAULT_BUCKETS, Buckets
 from jaxprune.errors import UserError
 from jaxprune.generate import finish
-from jaxprune.loading import Params, complete
-from jaxprune.processing import Processor
+from jaxprune.inputs.processor import Processor
+from jaxprune.inputs.request import Request, Row, make_request
+from jaxprune.model import Params, complete
 from jaxprune.progress import track
-from jaxprune.request import Request, Row, make_request
-from jaxprune.run import Options, Run, make_options, seeds_of, text_room
-from jaxprune.shapes import DEFAULT_BUCKETS, Buckets
 
 WINDOW = 16  # batches that are read ahead, to find requests that go together
 IMAGE_BYTES = 1 << 30  # of decoded images, read ahead beyond a batch

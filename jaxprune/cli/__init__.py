@@ -166,7 +166,7 @@ def show(
 ) -> None:
     """Draw the patches that survive, before the decoder and behind some of its layers."""
     import jaxprune
-    from jaxprune.show import kept_over_depth
+    from jaxprune.reports.kept_patches import kept_over_depth
 
     _refuse_existing(out)
     try:
@@ -213,7 +213,7 @@ def cost(
     as_json: JsonOption = False,
 ) -> None:
     """Count tokens, FLOPs and cache bytes of a prompt, without running or loading anything."""
-    from jaxprune.accounting import FORMULA, prompt_cost
+    from jaxprune.engine.cost import FORMULA, prompt_cost
     from jaxprune.methods import resolve
     from jaxprune.methods.fitprune import MOST_TOKENS
 
@@ -276,7 +276,7 @@ def _height_and_width(text: str) -> tuple[int, int]:
 
 def _config(model: str | None, dtype: str) -> Any:
     from jaxprune.checkpoints_convert.load import DTYPES, existing_directory, read_config
-    from jaxprune.loading import SMALL_MODEL
+    from jaxprune.model import SMALL_MODEL
     from jaxprune.models.presets import PRESETS
 
     if dtype not in DTYPES:
@@ -313,8 +313,8 @@ def bench(
 ) -> None:
     """Time answers under several methods, beside what the hardware could do."""
     import jaxprune
-    from jaxprune.bench import bench as run
-    from jaxprune.bench import describe_machine
+    from jaxprune.reports.bench import bench as run
+    from jaxprune.reports.bench import describe_machine
 
     if batch < 1:
         raise UserError(f"--batch is {batch}; expected 1 or more.")
@@ -408,7 +408,7 @@ def calibrate(
     import jaxprune
     from jaxprune.calibrate import Settings
     from jaxprune.calibrate import calibrate as run
-    from jaxprune.plots import figure, plot_recipe
+    from jaxprune.reports.recipe_plot import figure, plot_recipe
 
     settings: dict[str, Any] = {
         "method": method, "save": save, "keep_rate": keep_rate, "tolerance": tolerance,

@@ -5,9 +5,9 @@ import json
 import pathlib
 from typing import Any
 
-from jaxprune import scenes
+from jaxprune.data import scenes
 from jaxprune.errors import UserError
-from jaxprune.json_file import is_file
+from jaxprune.files import is_file
 
 DEFAULT_SAMPLES = 192
 

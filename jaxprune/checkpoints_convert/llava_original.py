@@ -17,12 +17,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, normalizers
 
 from jaxprune.checkpoints_convert.plan import Plan, PlannedTensor
 from jaxprune.errors import UserError
-from jaxprune.json_file import read_json
-from jaxprune.models.clip.config import ClipVisionConfig
-from jaxprune.models.llama.config import LlamaConfig
-from jaxprune.models.llava.config import LlavaConfig
-from jaxprune.models.llava_next.config import LlavaNextConfig, pinpoints
-from jaxprune.processing import (
+from jaxprune.files import read_json
+from jaxprune.inputs.processor import (
     IMAGE_PLACEHOLDER,
     VICUNA_SYSTEM,
     Processor,
@@ -30,6 +26,10 @@ from jaxprune.processing import (
     processor_files,
     tokenize,
 )
+from jaxprune.models.clip.config import ClipVisionConfig
+from jaxprune.models.llama.config import LlamaConfig
+from jaxprune.models.llava.config import LlavaConfig
+from jaxprune.models.llava_next.config import LlavaNextConfig, pinpoints
 
 PAD_TOKEN = "<pad>"
 VOCABULARY_MULTIPLE = 64

@@ -14,13 +14,13 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from jaxprune.engine.sampling import Sampling, next_token
 from jaxprune.methods import VisionMethod
 from jaxprune.models.registry import family
+from jaxprune.ops.cuts import Schedule
 from jaxprune.ops.ranking import nonzero_first
-from jaxprune.ops.schedule import Schedule
 from jaxprune.ops.tiles import NO_PATCH, Chosen, Packing, by_tile, line_up, patches_of
 from jaxprune.ops.visual import Selection, VisionOutput
-from jaxprune.sampling import Sampling, next_token
 
 
 class DecodeState(flax.struct.PyTreeNode):

@@ -16,19 +16,22 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxprune import stages
-from jaxprune.accounting import Cost, executed, prompt_cost
-from jaxprune.compilation import covered
+from jaxprune.devices.compilation import covered
+from jaxprune.devices.mesh import devices_of, devices_sharing, mesh_of, on_mesh, spread, to_host
+from jaxprune.engine import stages
+from jaxprune.engine.cost import Cost, executed, prompt_cost
+from jaxprune.engine.footprint import (
+    check_memory,
+    check_tower_memory,
+    free_bytes,
+    told_if_exhausted,
+)
+from jaxprune.engine.lengths import candidates_left, gather_schedule
+from jaxprune.engine.sampling import make_sampling
+from jaxprune.engine.shapes import Buckets, Lengths, Shapes
 from jaxprune.errors import UserError
-from jaxprune.loading import Params
-from jaxprune.memory import check_memory, check_tower_memory, free_bytes, told_if_exhausted
-from jaxprune.methods import Plan, RandomPlaces, depth_of, resolve
-from jaxprune.ops.schedule import NO_CUTS, Schedule
-from jaxprune.ops.tiles import pack_tilings
-from jaxprune.ops.visual import Selection
-from jaxprune.partition import devices_of, devices_sharing, mesh_of, on_mesh, spread, to_host
-from jaxprune.processing import decode_text, pixel_values
-from jaxprune.request import (
+from jaxprune.inputs.processor import decode_text, pixel_values
+from jaxprune.inputs.request import (
     Layout,
     Request,
     Row,
@@ -37,9 +40,11 @@ from jaxprune.request import (
     text_length,
     visual_length,
 )
-from jaxprune.sampling import make_sampling
-from jaxprune.schedules import candidates_left, gather_schedule
-from jaxprune.shapes import Buckets, Lengths, Shapes
+from jaxprune.methods import Plan, RandomPlaces, depth_of, resolve
+from jaxprune.model import Params
+from jaxprune.ops.cuts import NO_CUTS, Schedule
+from jaxprune.ops.tiles import pack_tilings
+from jaxprune.ops.visual import Selection
 
 
 @dataclasses.dataclass(frozen=True)

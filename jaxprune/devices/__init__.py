@@ -1,0 +1,1 @@
+"""Devices: meshes, memory, compilations. Nothing here knows a model."""

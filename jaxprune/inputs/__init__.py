@@ -1,0 +1,1 @@
+"""What a user gives -> token ids and pixels: on the host alone."""
