@@ -2,29 +2,33 @@
 
 from jaxprune.calibrate import calibrate
 from jaxprune.devices.compilation import no_compilation
-from jaxprune.engine.batching import generate_many
-from jaxprune.engine.session import Answer
-from jaxprune.engine.shapes import Buckets
+from jaxprune.engine.answer import Answer
+from jaxprune.engine.buckets import Buckets
 from jaxprune.engine.warmup import WarmUp, warmup
 from jaxprune.errors import UserError
-from jaxprune.generate import generate, stream
+from jaxprune.generate import generate, generate_many, stream
 from jaxprune.inputs.processor import Processor
 from jaxprune.methods import (
     METHODS,
     VTW,
+    DecoderMethod,
     FastV,
     FitPrune,
     GSearch,
     Iti,
+    KeepRates,
+    Plan,
     PruMerge,
     PruMergePlus,
     PSigmoid,
     PyramidDrop,
     RandomPlaces,
     UniformPlaces,
+    VisionMethod,
 )
 from jaxprune.methods.recipes import Recipe, load_recipe, save_recipe
-from jaxprune.model import DEMO_IMAGE, SMALL_MODEL, Params, export, load
+from jaxprune.model import DEMO_IMAGE, SMALL_MODEL, Params, export, load, read_config
+from jaxprune.ops.visual import Signal
 from jaxprune.version import __version__
 
 __all__ = [
@@ -34,20 +38,25 @@ __all__ = [
     "VTW",
     "Answer",
     "Buckets",
+    "DecoderMethod",
     "FastV",
     "FitPrune",
     "GSearch",
     "Iti",
+    "KeepRates",
     "PSigmoid",
     "Params",
+    "Plan",
     "Processor",
     "PruMerge",
     "PruMergePlus",
     "PyramidDrop",
     "RandomPlaces",
     "Recipe",
+    "Signal",
     "UniformPlaces",
     "UserError",
+    "VisionMethod",
     "WarmUp",
     "__version__",
     "calibrate",
@@ -57,6 +66,7 @@ __all__ = [
     "load",
     "load_recipe",
     "no_compilation",
+    "read_config",
     "save_recipe",
     "stream",
     "warmup",

@@ -1,4 +1,8 @@
-"""The one exception type that a user's mistake raises."""
+"""The one exception type that a user's mistake raises, and the checks of values that raise it."""
+
+import math
+import numbers
+from typing import TypeGuard
 
 
 class UserError(ValueError):
@@ -6,3 +10,44 @@ class UserError(ValueError):
 
     The command line prints it without a traceback and exits with code 2.
     """
+
+
+def is_whole(value: object) -> TypeGuard[int]:
+    """Whether a value is a whole number; True and False are none."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a value is a finite real number; True and False are none."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_whole(name: str, value: object, *, least: int = 1, what: str = "a whole number") -> None:
+    """Raise `UserError` unless `value` is a whole number, `least` or more."""
+    if not is_whole(value) or value < least:
+        raise UserError(f"{name} is {value!r}; expected {what}, {least} or more.")
+
+
+def check_share(name: str, value: object, *, zero: bool = False, one: bool = True) -> None:
+    """Raise `UserError` unless `value` is a share: a number from 0 (or above it) to 1."""
+    if is_number(value) and (0 < value < 1 or (zero and value == 0) or (one and value == 1)):
+        return
+    low, high = "from 0" if zero else "above 0", "to 1" if one else "to below 1"
+    raise UserError(f"{name} is {value!r}; expected a share {low} {high}.")
+
+
+def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Raise `UserError` unless `value` is one of a few words."""
+    if value not in allowed:
+        raise UserError(f"{name} is {value!r}; expected one of: {', '.join(allowed)}.")
+
+
+def check_layer(name: str, value: object, *, first: int = 1) -> None:
+    """Raise `UserError` unless `value` is a layer's number, `first` or more."""
+    check_whole(name, value, least=first, what="a layer's number")
+
+
+def check_seed(seed: object) -> None:
+    """Raise `UserError` unless `seed` is a whole number of 32 bits."""
+    if not is_whole(seed) or not 0 <= seed < 2**32:
+        raise UserError(f"seed is {seed!r}; expected a whole number from 0 to 2**32 - 1.")

@@ -1,7 +1,10 @@
-"""Reading the JSON files of model directories."""
+"""Reading JSON files, and writing files and directories that appear whole or not at all."""
 
+import contextlib
 import json
 import pathlib
+import shutil
+from collections.abc import Iterator
 from typing import Any
 
 from jaxprune.errors import UserError
@@ -36,3 +39,59 @@ def read_json(path: pathlib.Path, *, repair: str = "download it again") -> dict[
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}; expected a JSON object.")
     return content
+
+
+@contextlib.contextmanager
+def whole_file(target: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A context that writes a file, which appears whole or not at all; one there is replaced.
+
+    Args:
+        target: the file.
+
+    Yields:
+        The path to write to: beside the target, under which it is put at the end.
+
+    Raises:
+        UserError: when it cannot be written.
+    """
+    partial = _partial(target)
+    try:
+        yield partial
+        partial.replace(target)
+    except OSError as error:
+        raise UserError(f"Cannot write {target} ({error}).") from None
+    finally:
+        with contextlib.suppress(OSError):  # where nothing could be written
+            partial.unlink()
+
+
+@contextlib.contextmanager
+def whole_directory(
+    target: pathlib.Path, failures: tuple[type[Exception], ...] = (OSError,)
+) -> Iterator[pathlib.Path]:
+    """A context that fills a new directory, which appears whole or not at all.
+
+    Args:
+        target: the directory, which does not exist.
+        failures: the errors that mean that it cannot be written.
+
+    Yields:
+        The directory to fill: beside the target, under which it is put at the end.
+
+    Raises:
+        UserError: when it cannot be written.
+    """
+    partial = _partial(target)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        partial.rename(target)
+    except failures as error:
+        raise UserError(f"Cannot write {target} ({error}).") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _partial(target: pathlib.Path) -> pathlib.Path:
+    return target.with_name(f".{target.name}.partial")

@@ -6,16 +6,19 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
+from flax.traverse_util import flatten_dict
 
 from jaxprune import checkpoints_convert
 from jaxprune.checkpoints_convert.llava_original import is_original
-from jaxprune.checkpoints_convert.load import existing_directory
-from jaxprune.checkpoints_convert.plan import flat_shapes, flatten
+from jaxprune.checkpoints_convert.load import DTYPES, existing_directory
+from jaxprune.checkpoints_convert.load import read_config as config_of_directory
+from jaxprune.checkpoints_convert.plan import flat_shapes
 from jaxprune.devices.mesh import with_auto_axes
 from jaxprune.errors import UserError
 from jaxprune.files import read_json
 from jaxprune.inputs.processor import Processor, load_processor
-from jaxprune.models.registry import family_name
+from jaxprune.models.family import ModelConfig
+from jaxprune.models.registry import PRESETS, family_of
 
 SMALL_MODEL = pathlib.Path(__file__).parent / "assets" / "small_llava"
 """The model that ships: it answers questions about drawn scenes."""
@@ -38,7 +41,7 @@ class Params:
     """
 
     arrays: dict[str, Any]
-    config: Any = dataclasses.field(metadata={"static": True})
+    config: ModelConfig = dataclasses.field(metadata={"static": True})
     processor: Processor | None = dataclasses.field(metadata={"static": True}, default=None)
 
     def __getitem__(self, name: str) -> Any:
@@ -82,7 +85,34 @@ def load(
         path, dtype=dtype, mesh=mesh, vision_tower=vision_tower, show_progress=show_progress
     )
     original = config if is_original(read_json(path / "config.json")) else None
-    return Params(arrays, config, load_processor(path, original=original))
+    return Params(arrays, config, load_processor(path, family_of(config), original=original))
+
+
+def read_config(model: str | pathlib.Path | None = None, dtype: str = "bfloat16") -> ModelConfig:
+    """A model's config alone, without its weights.
+
+    Args:
+        model: the name of a published size (see `models.registry`) or a model's directory;
+            None for the small model that ships.
+        dtype: "float32", "bfloat16" or "float16".
+
+    Raises:
+        jaxprune.UserError: for what is neither, or a directory of an unsupported model.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"dtype is {dtype!r}; expected one of: {', '.join(DTYPES)}.")
+    if model is None:
+        return config_of_directory(SMALL_MODEL, dtype=dtype)
+    if isinstance(model, str) and model in PRESETS:
+        return PRESETS[model](dtype=dtype)
+    try:
+        directory = existing_directory(model)
+    except UserError:
+        known = ", ".join(PRESETS)
+        raise UserError(
+            f"{str(model)!r} is neither a model's directory nor a preset; presets: {known}."
+        ) from None
+    return config_of_directory(directory, dtype=dtype)
 
 
 def export(params: Params, directory: Any, *, show_progress: bool | None = None) -> None:
@@ -116,7 +146,9 @@ def export(params: Params, directory: Any, *, show_progress: bool | None = None)
 
 
 def complete(
-    params: Params | Mapping[str, Any], config: Any = None, processor: Processor | None = None
+    params: Params | Mapping[str, Any],
+    config: ModelConfig | None = None,
+    processor: Processor | None = None,
 ) -> Params:
     """What `load` gives, or bare arrays with the config and processor that they came without.
 
@@ -135,21 +167,21 @@ def complete(
     elif config is None or processor is None:
         raise UserError("Bare params need config= and processor=; jaxprune.load gives all three.")
     else:
-        family_name(config)  # refuses what is no config
+        family_of(config)  # refuses what is no config
         _check_arrays(params, config)
     if not isinstance(processor, Processor):
         raise UserError(f"processor is a {type(processor).__name__}; expected a Processor.")
-    return Params(with_auto_axes(dict(params), config), config, processor)
+    return Params(with_auto_axes(dict(params), config.mesh_splits()), config, processor)
 
 
-def _check_arrays(params: Mapping[str, Any], config: Any) -> None:
+def _check_arrays(params: Mapping[str, Any], config: ModelConfig) -> None:
     """Raise `UserError` unless bare params have the names and shapes of the config's model."""
     expected = flat_shapes(config)
     try:
-        found = flatten(dict(params))
+        found = flatten_dict(dict(params), sep="/")
+        shapes = {path: leaf.shape for path, leaf in found.items()}
     except (AttributeError, TypeError):
         raise UserError("params are no nested dicts of arrays; expected what load gives.") from None
-    shapes = {path: getattr(leaf, "shape", None) for path, leaf in found.items()}
     wrong = [
         f"{path} is {shapes.get(path, 'missing')}, expected {leaf.shape}"
         for path, leaf in expected.items()

@@ -6,20 +6,24 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 import jaxprune
 from jaxprune import checkpoints_convert
-from jaxprune.checkpoints_convert.plan import flatten
-from jaxprune.checkpoints_convert.tables import key_of
-from jaxprune.engine.session import Run, make_options
-from jaxprune.inputs.processor import processor_files
+from jaxprune.engine import stages
+from jaxprune.engine.engine import Clock, Engine
+from jaxprune.engine.sampling import Ask
+from jaxprune.engine.session import begin
+from jaxprune.generate import plan_of
 from jaxprune.inputs.request import make_request
 from jaxprune.models import llava, llava_next
 from jaxprune.models.clip import ClipVisionConfig
+from jaxprune.models.family import Embedded
 from jaxprune.models.llama import LlamaConfig
-from jaxprune.models.registry import family, family_name
+from jaxprune.models.registry import family_of
+from jaxprune.ops.tiles import VisualSize, pack_tilings
 
 
 def tiny_config(*, vision=None, text=None, **fields):
@@ -71,7 +75,7 @@ def random_params(config, seed=0):
             noise = 0.05 * noise + (path[-1].key == "scale")
         return jnp.asarray(noise, leaf.dtype)
 
-    return jax.tree.map_with_path(draw, family(config).param_shapes(config))
+    return jax.tree.map_with_path(draw, family_of(config).param_shapes(config))
 
 
 def write_directory(directory, config, seed=0):
@@ -80,7 +84,7 @@ def write_directory(directory, config, seed=0):
     checkpoints_convert.export(params, config, directory, companions=jaxprune.SMALL_MODEL)
     set_image_size(directory, config.vision_config.image_size)
     if not config.one_tile:
-        for name, fields in processor_files(config).items():
+        for name, fields in family_of(config).processor_files(config).items():
             (directory / name).write_text(json.dumps(fields))
     return params
 
@@ -136,15 +140,16 @@ def write_original(directory, tower, *, prefix="first", seed=0, text=None, **fie
     anyres = fields.get("image_aspect_ratio") == "anyres"
     config = tiny_next_config(text=text) if anyres else tiny_config(text=text)
     weights: dict = {directory: {}, tower: {}}
-    for path, array in flatten(random_params(config, seed)).items():
-        key, transform = key_of(family_name(config), path)
+    for path, array in flatten_dict(random_params(config, seed), sep="/").items():
+        rule = family_of(config).weights.rule_of_path(path)
+        key = rule.key
         if key == "image_newline":
             key = "model.image_newline"
         place = tower if key.startswith("vision_tower.") else directory
         key = key.removeprefix("vision_tower.").removeprefix("language_model.")
         key = key.replace("multi_modal_projector.linear_1", "model.mm_projector.0")
         key = key.replace("multi_modal_projector.linear_2", "model.mm_projector.2")
-        weights[place][key] = np.ascontiguousarray(transform.export(np.asarray(array)))
+        weights[place][key] = np.ascontiguousarray(rule.export([np.asarray(array)], config))
     hf = config.to_hf()
     original = hf["text_config"] | {
         "model_type": "llava",
@@ -177,35 +182,51 @@ def forward_logits(params, config, pixels, token_ids, images_at):
         token_ids: `[B, S]`, placeholders included.
         images_at: bool `[B, S]`, the slots of the images' tokens, in reading order.
     """
-    vision = llava.encode_image(params, config, pixels)
-    visual_index = jnp.where(
-        images_at, jnp.cumsum(images_at.reshape(-1)).reshape(images_at.shape) - 1, -1
+    family = family_of(config)
+    tilings = [config.tiling(VisualSize(1, 1))] * len(pixels)
+    packing = pack_tilings(tilings, images=len(pixels), tiles=len(pixels), image_tiles=1,
+                           slots=tilings[0].num_tokens)  # fmt: skip
+    vision = family.encode(params, config, jnp.asarray(pixels))
+    selection = stages.select(
+        vision, packing, None, None, capacity=tilings[0].num_tokens, images=len(pixels)
     )
-    lengths = jnp.full(token_ids.shape[0], token_ids.shape[1])
-    kind = jnp.zeros(token_ids.shape, jnp.int32)
-    visual = llava.project(params, config, vision.features)
-    tokens = llava.embed(params, config, token_ids, visual_index, kind, lengths, visual)
-    return llava.logits(params, config, llava.prefill(params, config, tokens, new_slots=0).tokens.x)
+    visual_index = np.where(
+        images_at, np.cumsum(images_at.reshape(-1)).reshape(images_at.shape) - 1, -1
+    )
+    B, S = token_ids.shape
+    # A visual token's position is its image's first one, to which its place is added.
+    places = np.broadcast_to(np.arange(S), (B, S))
+    within = np.where(visual_index >= 0, visual_index % tilings[0].num_tokens, 0)
+    layout = Embedded(
+        jnp.asarray(token_ids), jnp.asarray(visual_index), jnp.zeros((B, S), jnp.int32),
+        jnp.asarray(places - within), jnp.full(B, S),
+    )  # fmt: skip
+    tokens = family.embed(params, config, layout, selection)
+    prefilled = family.prefill(params, config, tokens, new_slots=0)
+    return family.logits(params, config, prefilled.tokens.x)
 
 
-def start(model, image, prompt, *, method="none", buckets=None, chat=True, **fields):
-    """A request after its prefill."""
-    limit, temperature = fields.pop("max_new_tokens", 8), fields.pop("temperature", 0.0)
-    options = make_options(
-        model.config,
-        method=method,
-        method_options=fields,
-        max_new_tokens=limit,
-        temperature=temperature,
-        top_k=None,
-        top_p=None,
-        seed=0,
-        stop=(),
-        chat=chat,
-        buckets=buckets or jaxprune.Buckets(),
-    )
-    request = make_request(model.processor, image, prompt, chat=chat)
-    run = Run(model, options, request, [0] * len(request.rows))
-    run.start()
-    run.fetch()
-    return run
+def engine_of(model, method="none", *, buckets=None, gather=True, **options):
+    """The engine of a model under a method."""
+    plan = plan_of(method, model.config, 0, options)
+    return Engine(model, plan, buckets or jaxprune.Buckets(), gather=gather)
+
+
+def start(model, image, prompt, *, method="none", buckets=None, chat=True, answers=None, **fields):
+    """A request after its prefill.
+
+    Args:
+        answers: token ids that are put after each prompt.
+        fields: what `generate` takes.
+    """
+    asked = {name: fields.pop(name) for name in ("max_new_tokens", "temperature") if name in fields}
+    engine = engine_of(model, method, buckets=buckets, **fields)
+    request = make_request(engine.processor, image, prompt, chat=chat)
+    if answers is not None:
+        rows = zip(request.rows, answers, strict=True)
+        rows = [dataclasses.replace(row, answer=ids) for row, ids in rows]
+        request = dataclasses.replace(request, rows=rows)
+    asks = Ask(**{"max_new_tokens": 8, **asked}).of_rows(0, len(request.rows))
+    session = begin(engine, request, asks, Clock())
+    session.fetch()
+    return session

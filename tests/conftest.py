@@ -1,3 +1,11 @@
+"""Fixtures; and the shapes in annotations, which are checked while the tests run."""
+
+import jaxtyping
+
+# Before anything imports them. What is annotated is added here.
+CHECKED = [f"jaxprune.ops.{name}" for name in ("attention", "merging", "ranking", "rope")]
+jaxtyping.install_import_hook(CHECKED, "beartype.beartype")
+
 import hypothesis
 import jax
 import numpy as np

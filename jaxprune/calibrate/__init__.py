@@ -8,7 +8,6 @@ search.py     G-Search, P-Sigmoid, iti's c: functions of a score, without any mo
 
 import dataclasses
 import hashlib
-import math
 import pathlib
 import time
 from collections.abc import Sequence
@@ -19,17 +18,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.calibrate import fitprune, search
-from jaxprune.calibrate.evaluate import METRICS, CalibrationSet, encode_samples, score
-from jaxprune.calibrate.progress_file import Memory
+from jaxprune.calibrate.evaluate import METRICS, Batch, CalibrationSet, encode_samples, score
+from jaxprune.calibrate.progress_file import ProgressFile
 from jaxprune.data.samples import DEFAULT_SAMPLES, Sample, read_samples, scene_samples
-from jaxprune.errors import UserError
-from jaxprune.methods import GSearch, Iti, PSigmoid, depth_of
-from jaxprune.methods.base import check_share, round_half_up
+from jaxprune.errors import UserError, check_choice, check_share, check_whole, is_number, is_whole
+from jaxprune.methods import GSearch, Iti, PSigmoid
+from jaxprune.methods.base import round_half_up
 from jaxprune.methods.gsearch import check_queries
-from jaxprune.methods.iti import tail_start
-from jaxprune.methods.recipes import Recipe, fingerprint
+from jaxprune.methods.iti import CLS_ATTENTION, tail_start
+from jaxprune.methods.recipes import Recipe
+from jaxprune.methods.resolve import described_cut
 from jaxprune.model import Params
-from jaxprune.models.registry import family_name
+from jaxprune.models.registry import depth_of, fingerprint
 from jaxprune.ops.ranking import descending_order, ranks
 
 CALIBRATED = ("fitprune", "gsearch", "psigmoid", "iti")
@@ -87,24 +87,18 @@ class Settings:
             wanted = name == "tolerance" and self.method == "gsearch"
             if getattr(self, name) is not None and not wanted:
                 raise UserError(f"{self.method} has no {name} to calibrate.")
-        for name, allowed in (("metric", METRICS), ("search", SEARCHES)):
-            if getattr(self, name) not in allowed:
-                raise UserError(
-                    f"{name} is {getattr(self, name)!r}; expected one of: {', '.join(allowed)}."
-                )
+        check_choice("metric", self.metric, METRICS)
+        check_choice("search", self.search, SEARCHES)
         if self.tolerance is not None and not self.tolerance >= 0:
             raise UserError(f"tolerance is {self.tolerance!r}; expected 0 or more.")
         check_queries(self.queries)
         check_share("stage2", self.stage2, zero=True)
-        if not isinstance(self.weight, int | float) or not 0 <= self.weight < math.inf:
+        if not is_number(self.weight) or self.weight < 0:
             raise UserError(f"weight is {self.weight!r}; expected a number, 0 or more.")
-        whole = isinstance(self.seed, int) and not isinstance(self.seed, bool)
-        if not whole or not 0 <= self.seed < 2**31:
+        if not is_whole(self.seed) or not 0 <= self.seed < 2**31:
             raise UserError(f"seed is {self.seed!r}; expected a whole number from 0 to 2^31 - 1.")
         for name in ("evaluations", "first_pruned_layer", "batch_size"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise UserError(f"{name} is {value!r}; expected a whole number, 1 or more.")
+            check_whole(name, getattr(self, name))
 
 
 def calibrate(
@@ -147,9 +141,11 @@ def calibrate(
     else:
         source = "samples"
     if chosen.method == "iti":
-        Iti(stage2=chosen.stage2).decoder.removed(0, depth_of(params.config))
+        stage2 = Iti(stage2=chosen.stage2).plan().decoder
+        assert stage2 is not None
+        stage2.removed(0, depth_of(params.config))
     began = time.perf_counter()
-    signals = frozenset({"cls_attention"}) if chosen.method == "iti" else frozenset()
+    signals = frozenset({CLS_ATTENTION}) if chosen.method == "iti" else frozenset()
     data = encode_samples(
         params,
         samples,
@@ -163,34 +159,30 @@ def calibrate(
         "model": fingerprint(params.config),
         "weights": _digest(*map(np.asarray, jax.tree.leaves(_some_of(params.arrays)))),
         "samples": _digest(
-            *(x[: b.rows] for b in data.batches for x in (np.asarray(b.visual.tokens), b.answers)),
-            *(x for b in data.batches for x in (b.layout.token_ids, b.layout.kind)),
+            *(x for batch in data.batches for x in _contents(batch)),
         ),
     }
-    with Memory(progress_file, identity, label=chosen.method, show=show_progress) as memory:
+    with ProgressFile(progress_file, identity, label=chosen.method, show=show_progress) as memory:
         method, report = _FITS[chosen.method](data, chosen, memory)
         report["evaluations"] = memory.asked
     report["seconds"] = round(time.perf_counter() - began, 2)
     report |= {"samples": data.samples, "data": source}
-    decoder = method.decoder if isinstance(method, Iti) else method
+    cut, score_of_cut = described_cut(method)
     config = params.config
     return Recipe(
         method=method.name,
         model={
-            "family": family_name(config),
+            "made_for": [fingerprint(config)],
             "num_hidden_layers": config.text_config.num_hidden_layers,
-            "num_image_tokens": config.num_image_tokens,
-            "fingerprint": fingerprint(config),
+            "num_image_tokens": config.most_tokens(config.most_tiles),
         },
         options={
             name: list(value) if isinstance(value, tuple) else value
             for name, value in dataclasses.asdict(method).items()
             if value is not None
         },
-        cut=decoder.cut,
-        score=None
-        if decoder.score is None
-        else {**dataclasses.asdict(decoder.score), "queries": list(decoder.score.queries)},
+        cut=cut,
+        score=score_of_cut,
         asked={
             name: getattr(chosen, name)
             for name in ("save", "keep_rate", "tolerance")
@@ -214,6 +206,15 @@ def _some_of(params: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def _contents(batch: Batch) -> tuple[np.ndarray, ...]:
+    """What samples are made of: images, answers, questions."""
+    embedded, selection = batch.prompt.layout.embedded, batch.seen.selection
+    assert selection is not None
+    tokens = np.asarray(selection.tokens)[: batch.rows]
+    answers = batch.answers[: batch.rows]
+    return tokens, answers, np.asarray(embedded.token_ids), np.asarray(embedded.kind)
+
+
 def _digest(*arrays: np.ndarray) -> str:
     found = hashlib.sha256()
     for array in arrays:
@@ -221,19 +222,19 @@ def _digest(*arrays: np.ndarray) -> str:
     return found.hexdigest()[:12]
 
 
-def _fit_fitprune(data: CalibrationSet, chosen: Settings, memory: Memory) -> tuple[Any, dict]:
+def _fit_fitprune(data: CalibrationSet, chosen: Settings, memory: ProgressFile) -> tuple[Any, dict]:
     assert chosen.save is not None
     memory.expect(8)
     return fitprune.fit(data, save=chosen.save, remember=memory.remember)
 
 
-def _rate_score(data: CalibrationSet, chosen: Settings, memory: Memory) -> Any:
+def _rate_score(data: CalibrationSet, chosen: Settings, memory: ProgressFile) -> Any:
     """The score of keep rates, remembered by the counts that they lead to."""
 
     def of(rates: search.Rates) -> float:
         method = GSearch(keep_rates=rates, queries=chosen.queries)
         most = int(data.visual_tokens.max())
-        kept = most - method.removed(most, depth_of(data.params.config))
+        kept = most - method.removed(most, data.engine.depth)
         value: float = memory.remember(
             " ".join(map(str, kept)), lambda: score(data, method, chosen.metric)
         )
@@ -242,8 +243,8 @@ def _rate_score(data: CalibrationSet, chosen: Settings, memory: Memory) -> Any:
     return of
 
 
-def _fit_gsearch(data: CalibrationSet, chosen: Settings, memory: Memory) -> tuple[Any, dict]:
-    L = data.params.config.text_config.num_hidden_layers
+def _fit_gsearch(data: CalibrationSet, chosen: Settings, memory: ProgressFile) -> tuple[Any, dict]:
+    L = data.engine.depth.num_hidden_layers
     first = chosen.first_pruned_layer
     if first >= L:
         raise UserError(f"first_pruned_layer is {first}, but the decoder has {L} layers.")
@@ -278,9 +279,9 @@ def _fit_gsearch(data: CalibrationSet, chosen: Settings, memory: Memory) -> tupl
     return GSearch(keep_rates=rates, queries=chosen.queries), report
 
 
-def _fit_psigmoid(data: CalibrationSet, chosen: Settings, memory: Memory) -> tuple[Any, dict]:
+def _fit_psigmoid(data: CalibrationSet, chosen: Settings, memory: ProgressFile) -> tuple[Any, dict]:
     assert chosen.keep_rate is not None
-    depth = depth_of(data.params.config)
+    depth = data.engine.depth
     of = _rate_score(data, chosen, memory)
 
     def with_k(k: float) -> PSigmoid:
@@ -308,10 +309,10 @@ def _fit_psigmoid(data: CalibrationSet, chosen: Settings, memory: Memory) -> tup
     }
 
 
-def _fit_iti(data: CalibrationSet, chosen: Settings, memory: Memory) -> tuple[Any, dict]:
+def _fit_iti(data: CalibrationSet, chosen: Settings, memory: ProgressFile) -> tuple[Any, dict]:
     assert chosen.keep_rate is not None
     curves = [
-        (batch.patches.signals["cls_attention"][: batch.rows], batch.patches.place[: batch.rows])
+        (batch.patches.signals[CLS_ATTENTION][: batch.rows], batch.patches.place[: batch.rows])
         for batch in data.batches
     ]
 

@@ -5,27 +5,25 @@ answer's tokens are predicted from the pruned prompt, and never vote on what is 
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.data.samples import Sample
-from jaxprune.engine import stages
+from jaxprune.engine.buckets import DEFAULT_BUCKETS
+from jaxprune.engine.engine import Clock, Engine, Prompt, Seen
 from jaxprune.engine.lengths import candidates_left, mask_schedule
-from jaxprune.engine.shapes import DEFAULT_BUCKETS, Lengths
-from jaxprune.errors import UserError
-from jaxprune.inputs.processor import pixel_values
-from jaxprune.inputs.request import Layout, Row, lay_out, make_request, text_length
-from jaxprune.methods import DecoderMethod, depth_of
+from jaxprune.engine.shapes import ImageShape, Lengths
+from jaxprune.errors import UserError, check_choice
+from jaxprune.inputs.layout import text_length
+from jaxprune.inputs.pixels import pixel_values, size_of
+from jaxprune.inputs.request import Request, Row, make_request
+from jaxprune.methods import DecoderMethod, Plan
 from jaxprune.model import Params
-from jaxprune.models.registry import family
-from jaxprune.ops.cuts import NO_CUTS, Schedule, is_last
-from jaxprune.ops.tiles import Patches, pack_tilings, patches_of
-from jaxprune.ops.visual import Selection
+from jaxprune.ops.cuts import NO_CUTS, Schedule
+from jaxprune.ops.tiles import Patches, Tiling, patches_of
+from jaxprune.ops.visual import Signal
 from jaxprune.progress import track
 
 METRICS = ("accuracy", "logprob")
@@ -36,20 +34,21 @@ class Batch:
     """Calibration rows of one shape, on the host.
 
     Attributes:
-        layout: prompts with their answers.
-        visual: the unpruned visual tokens, `[B, M, C]`.
-        visual_tokens: int `[B]`, how many a row has; 0 for rows that pad the batch.
+        prompt: prompts with their answers.
+        seen: the unpruned visual tokens.
         patches: what a vision-side method chooses from, signals that were asked for included.
         answers: int32 `[B, A]`, padded with -1; the end of sequence included.
-        rows: rows in use; the others pad the batch.
     """
 
-    layout: Layout
-    visual: Selection
-    visual_tokens: np.ndarray
+    prompt: Prompt
+    seen: Seen
     patches: Patches
     answers: np.ndarray
-    rows: int
+
+    @property
+    def rows(self) -> int:
+        """Rows in use; the others pad the batch."""
+        return self.prompt.rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,23 +56,27 @@ class CalibrationSet:
     """Encoded samples in batches of one shape.
 
     Attributes:
-        params: the model.
+        engine: the model's, without a plan.
         batches: all of the same shape.
-        room: text and visual slots of a row.
     """
 
-    params: Params
+    engine: Engine
     batches: list[Batch]
-    room: Lengths
 
     @property
     def samples(self) -> int:
         return sum(batch.rows for batch in self.batches)
 
     @property
+    def lengths(self) -> Lengths:
+        """Text and visual slots of a row."""
+        return self.batches[0].prompt.lengths
+
+    @property
     def visual_tokens(self) -> np.ndarray:
         """Visual tokens of each sample: int `[samples]`."""
-        return np.concatenate([batch.visual_tokens[: batch.rows] for batch in self.batches])
+        each = [batch.prompt.layout.visual[: batch.rows] for batch in self.batches]
+        return np.concatenate(each)
 
 
 def encode_samples(
@@ -81,7 +84,7 @@ def encode_samples(
     samples: Sequence[Sample],
     *,
     batch_size: int = 16,
-    signals: frozenset[str] = frozenset(),
+    signals: frozenset[Signal] = frozenset(),
     with_answers: bool = True,
     show_progress: bool | None = None,
 ) -> CalibrationSet:
@@ -92,138 +95,97 @@ def encode_samples(
         samples: image, question and answer.
         batch_size: rows a batch; a smaller one takes less memory.
         signals: what the tower has to provide besides features.
-        with_answers: put the reference answers behind the prompts.
+        with_answers: put the reference answers after the prompts.
         show_progress: a bar on stderr; None shows it in a terminal.
 
     Raises:
         UserError: for broken images, or prompts over the model's context.
     """
-    config, processor = params.config, params.processor
-    if processor is None:
-        raise UserError("params have no processor; load them with jaxprune.load.")
     if not samples:
         raise UserError("There are no samples; give at least one.")
-    requests = []
-    for i, sample in enumerate(samples):
-        if with_answers and not sample.answer.strip():
+    engine = Engine(params, Plan(), DEFAULT_BUCKETS, signals=signals)
+    requests = [_request(engine, i, sample, with_answers) for i, sample in enumerate(samples)]
+    tilings = [engine.config.tiling(size_of(request.images[0])) for request in requests]
+    _check_context(engine, requests, tilings)
+    room = engine.unpruned(tilings)
+    fixed = (text_length(r.rows[0]) + int(n) for r, n in zip(requests, room.fixed, strict=True))
+    most = max(1, *(len(request.rows[0].answer) for request in requests))
+    lengths = Lengths(DEFAULT_BUCKETS.fit("text", max(fixed)), room.capacity)
+    batch_size = min(batch_size, len(requests))
+    starts = range(0, len(requests), batch_size)
+    parts = [slice(first, first + batch_size) for first in starts]
+    tiles = max(sum(tiling.tiles for tiling in tilings[part]) for part in parts)
+    images = ImageShape(batch_size, max(tiling.tiles for tiling in tilings), room.capacity)
+    batches = [
+        _batch(engine, requests[part], tilings[part], images, max(tiles, batch_size), lengths, most)
+        for part in track(parts, "Encoding", len(parts), show=show_progress)
+    ]
+    return CalibrationSet(engine, batches)
+
+
+def _request(engine: Engine, i: int, sample: Sample, with_answers: bool) -> Request:
+    if with_answers and not sample.answer.strip():
+        raise UserError(
+            f"Sample {i + 1} has no answer, but the score needs one; give answers, or fit "
+            "a method that goes by attention alone (fitprune, iti)."
+        )
+    said = sample.answer if with_answers else None
+    try:
+        return make_request(engine.processor, sample.image, sample.question, chat=True, answer=said)
+    except UserError as error:
+        raise UserError(f"Sample {i + 1}: {error}") from None
+
+
+def _check_context(engine: Engine, requests: Sequence[Request], tilings: Sequence[Tiling]) -> None:
+    context = engine.config.text_config.context_length
+    for i, (request, tiling) in enumerate(zip(requests, tilings, strict=True)):
+        text = text_length(request.rows[0])
+        if text + tiling.num_tokens >= context:
             raise UserError(
-                f"Sample {i + 1} has no answer, but the score needs one; give answers, or fit "
-                "a method that goes by attention alone (fitprune, iti)."
+                f"Sample {i + 1} has {text} text and {tiling.num_tokens} visual tokens, but the "
+                f"model's context is {context}."
             )
-        said = sample.answer if with_answers else None
-        try:
-            requests.append(
-                make_request(processor, sample.image, sample.question, chat=True, answer=said)
-            )
-        except UserError as error:
-            raise UserError(f"Sample {i + 1}: {error}") from None
-    rows = [Row(request.rows[0].pieces, [0], request.rows[0].answer) for request in requests]
-    images = [request.images[0] for request in requests]
-    tilings = [config.tiling(image.height, image.width) for image in images]
-    tokens = np.array([tiling.num_tokens + config.keep_cls for tiling in tilings])
-    # CLS, where it is a feature, is never pruned, and so counts as text.
-    text = DEFAULT_BUCKETS.fit("text", max(map(text_length, rows)) + config.keep_cls)
-    for i, (row, number) in enumerate(zip(rows, tokens, strict=True)):
-        if text_length(row) + number >= config.text_config.context_length:
-            raise UserError(
-                f"Sample {i + 1} has {text_length(row)} text and {number} visual tokens, but the "
-                f"model's context is {config.text_config.context_length}."
-            )
-    most = max(1, max(len(row.answer) for row in rows))
-    batch_size = min(batch_size, len(rows))
-    starts = range(0, len(rows), batch_size)
-    tiles = [sum(t.tiles for t in tilings[first : first + batch_size]) for first in starts]
-    shape = {
-        "images": batch_size,
-        "tiles": batch_size if max(tiles) <= batch_size else max(tiles),
-        "image_tiles": max(tiling.tiles for tiling in tilings),
-        "slots": int(tokens.max()) - config.keep_cls,
-    }
-    batches = []
-    for first in track(starts, "Encoding", len(starts), show=show_progress):
-        part, own = rows[first : first + batch_size], slice(first, first + batch_size)
-        pixels = pixel_values(processor, images[own], config)
-        pixels = np.pad(pixels, ((0, shape["tiles"] - len(pixels)), (0, 0), (0, 0), (0, 0)))
-        packing = pack_tilings(tilings[own], **shape)
-        vision = stages.encode(params.arrays, pixels, config=config, signals=signals)
-        visual = stages.select(
-            vision,
-            packing,
-            config=config,
-            method=None,
-            capacity=int(tokens.max()),
-            images=batch_size,
-        )
-        patches = patches_of(vision.signals, packing, config.vision_config.num_patches)
-        each = [Row(row.pieces, [i], row.answer) for i, row in enumerate(part)]
-        layout = lay_out(
-            each,
-            tokens[own],
-            int(tokens.max()),
-            batch=batch_size,
-            sequence=text + int(tokens.max()),
-            fixed=int(config.keep_cls),
-        )
-        answers = np.full((batch_size, most), -1, np.int32)
-        for i, row in enumerate(part):
-            answers[i, : len(row.answer)] = row.answer
-        counts = np.pad(tokens[own], (0, batch_size - len(part)))
-        visual, patches = jax.device_get((visual, patches))
-        batches.append(Batch(layout, visual, counts, patches, answers, len(part)))
-    return CalibrationSet(params, batches, Lengths(text, int(tokens.max())))
 
 
-def _through(params: dict, inputs: dict, counts: Any, config: Any, schedule: Schedule) -> Any:
-    model = family(config)
-    visual = model.visual_embeddings(params, config, inputs["visual"])
-    tokens = model.embed(params, config, **{**inputs, "visual": visual})
-    return model.prefill(params, config, tokens, new_slots=0, schedule=schedule, counts=counts)
+def _batch(
+    engine: Engine,
+    requests: Sequence[Request],
+    tilings: Sequence[Tiling],
+    shape: ImageShape,
+    tiles: int,
+    lengths: Lengths,
+    longest_answer: int,
+) -> Batch:
+    """Encode some samples and lay them out."""
+    pictures = [request.images[0] for request in requests]
+    pixels = pixel_values(engine.processor, pictures, engine.config)
+    encoded = engine.encode(pixels, tilings, shape, Clock(), tiles=tiles)
+    seen = engine.select(
+        encoded, batch=shape.images, row_images=1, capacity=shape.slots, clock=Clock()
+    )
+    N = engine.config.tower.tokens_per_tile
+    patches = patches_of(encoded.vision.signals, encoded.packing, N)
+    rows = [Row(r.rows[0].pieces, [i], r.rows[0].answer) for i, r in enumerate(requests)]
+    prompt = engine.lay_out(rows, seen, lengths, batch=shape.images, new_slots=0)
+    answers = np.full((shape.images, longest_answer), -1, np.int32)
+    for own, row in zip(answers, rows, strict=False):
+        own[: len(row.answer)] = row.answer
+    selection, patches = jax.device_get((seen.selection, patches))
+    return Batch(prompt, dataclasses.replace(seen, selection=selection), patches, answers)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "schedule"))
-def run_prompts(params: dict, inputs: dict, counts: Any, *, config: Any, schedule: Schedule) -> Any:
-    """A batch through the decoder, caches left out: what `schedule.record` noted."""
-    return _through(params, inputs, counts, config, schedule).records
+def recorded(
+    data: CalibrationSet, schedule: Schedule, counts: Sequence[object]
+) -> Iterator[tuple[Batch, tuple[tuple[np.ndarray, ...], ...]]]:
+    """Every batch with what a schedule notes down of it.
 
-
-@functools.partial(jax.jit, static_argnames=("config", "schedule"))
-def _score_answers(
-    params: dict,
-    inputs: dict,
-    counts: Any,
-    answers: jax.Array,
-    *,
-    config: Any,
-    schedule: Schedule,
-) -> tuple[jax.Array, jax.Array]:
-    """Log-probability `[B]` of each answer, and whether every token is the likeliest."""
-    found, kind = _through(params, inputs, counts, config, schedule), inputs["kind"]
-    # Mask mode: slots stay where they are. The token at slot s predicts the one behind it.
-    last = jnp.argmax(is_last(kind), axis=-1)[:, None]
-    slots = jnp.minimum(last + jnp.arange(answers.shape[1]), kind.shape[1] - 1)
-    hidden = jnp.take_along_axis(found.tokens.x, slots[..., None], axis=1)
-    logits = family(config).logits(params, config, hidden)  # [B, A, V]
-    used = answers >= 0
-    labels = jnp.maximum(answers, 0)
-    logprob = jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], axis=-1)[..., 0]
-    right = jnp.all((logits.argmax(-1) == labels) | ~used, axis=-1)
-    return jnp.sum(logprob * used, axis=-1), right
-
-
-def run_set(
-    data: CalibrationSet, function: Callable, schedule: Schedule, counts: Callable, *extra: str
-) -> Iterator[tuple[Batch, Any]]:
-    """`function` on every batch, with what `counts(batch)` gives."""
-    for batch in data.batches:
-        found = function(
-            data.params.arrays,
-            {**vars(batch.layout), "visual": batch.visual},
-            counts(batch),
-            *(getattr(batch, name) for name in extra),
-            config=data.params.config,
-            schedule=schedule,
-        )
-        yield batch, jax.device_get(found)
+    Args:
+        data: encoded samples.
+        schedule: in mask mode.
+        counts: the schedule's, one for each batch.
+    """
+    for batch, own in zip(data.batches, counts, strict=True):
+        yield batch, data.engine.record(batch.prompt, batch.seen, schedule, own)
 
 
 def score(data: CalibrationSet, method: DecoderMethod | None, metric: str = "accuracy") -> float:
@@ -231,23 +193,20 @@ def score(data: CalibrationSet, method: DecoderMethod | None, metric: str = "acc
 
     Args:
         data: encoded samples with answers.
-        method: what prunes; None scores the unpruned model.
+        method: what prunes, of the package's or of the user's own; None scores the unpruned
+            model.
         metric: "accuracy": the share of samples whose every answer token, the end of
             sequence included, is the likeliest given the ones before; "logprob": the mean
             log-probability of an answer token, in nats.
     """
-    if metric not in METRICS:
-        raise UserError(f"metric is {metric!r}; expected one of: {', '.join(METRICS)}.")
-    depth = depth_of(data.params.config)
-    schedule = NO_CUTS if method is None else mask_schedule(method, depth, data.room)
-
-    def counts(batch: Batch) -> np.ndarray | None:
-        if method is None:
-            return None
-        return candidates_left(method, depth, batch.layout.kind, batch.visual_tokens)
-
+    check_choice("metric", metric, METRICS)
+    depth = data.engine.depth
+    schedule = NO_CUTS if method is None else mask_schedule(method, depth, data.lengths)
     total, tokens, right = 0.0, 0, 0
-    for batch, found in run_set(data, _score_answers, schedule, counts, "answers"):
+    for batch in data.batches:
+        layout = batch.prompt.layout
+        counts = None if method is None else candidates_left(method, depth, layout)
+        found = data.engine.score(batch.prompt, batch.seen, batch.answers, schedule, counts)
         logprob, exact = (x[: batch.rows] for x in found)
         total += float(np.sum(logprob, dtype=np.float64))
         tokens += int((batch.answers[: batch.rows] >= 0).sum())

@@ -18,18 +18,26 @@ serves an alpha, and the stop is found on its sizes.
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float
 
-from jaxprune.calibrate.evaluate import CalibrationSet, run_prompts, run_set
+from jaxprune.calibrate.evaluate import CalibrationSet, recorded
 from jaxprune.engine.cost import layer_macs
 from jaxprune.errors import UserError
 from jaxprune.methods import FitPrune
-from jaxprune.ops.cuts import AFTER_ATTENTION, VISUAL, Schedule, is_visual
+from jaxprune.models.family import DecoderSizes
+from jaxprune.ops.cuts import (
+    AFTER_ATTENTION,
+    VISUAL,
+    LayerView,
+    Schedule,
+    Tokens,
+    is_visual,
+)
 
 WIDTH = 0.01
 
@@ -41,41 +49,45 @@ class FitSchedule(Schedule):
     Its counts are alpha (below 0: delete nothing), C and U float32 `[L, B]`.
     """
 
-    def apply(self, cut: str, layer: int, tree: Any, received: Any, counts: Any) -> Any:
+    def apply(
+        self, cut: str, layer: int, tokens: Tokens, others: Any, view: LayerView, counts: Any
+    ) -> tuple[Tokens, Any]:
         if cut != self.cut:
-            return tree
-        tokens, *others = tree
+            return tokens, others
         alpha, C, U = counts
         visual = tokens.valid & (tokens.kind == VISUAL)
-        c, u = _scores(tokens, received)
+        c, u = _scores(tokens, view)
         gone = removable(c, visual, (1 - alpha) * C[layer])
         gone &= removable(u, visual, (1 - alpha) * U[layer])
-        return tokens.replace(valid=tokens.valid & ~(gone & (alpha >= 0))), *others
+        return tokens._replace(valid=tokens.valid & ~(gone & (alpha >= 0))), others
 
-    def record(self, tokens: Any, received: jax.Array | None) -> Any:
+    def record(self, tokens: Tokens, view: LayerView) -> tuple[Array, ...]:
         """Visual tokens left `[B]`, and the masses C and U `[B]` of an unpruned pass."""
         visual = tokens.valid & is_visual(tokens.kind)
-        c, u = _scores(tokens, received)
+        c, u = _scores(tokens, view)
         return visual.sum(-1), jnp.sum(c * visual, -1), jnp.sum(u * visual, -1)
 
 
-def _scores(tokens: Any, received: Any) -> tuple[jax.Array, jax.Array]:
-    """c, averaged over the text that asks, and u, over the visual tokens: `[B, S]` each.
+def _scores(tokens: Tokens, view: LayerView) -> tuple[Float[Array, "B S"], Float[Array, "B S"]]:
+    """c, averaged over the text that asks, and u, over the visual tokens.
 
     How many ask is a constant of each row for c; for u it is the number now there.
     """
-    by_visual, by_text = received
+    assert view.received is not None
+    by_visual, by_text = view.received
     n = jnp.sum(tokens.valid & is_visual(tokens.kind), -1, keepdims=True)
     return by_text, by_visual / jnp.maximum(n, 1)
 
 
-def removable(score: jax.Array, visual: jax.Array, least: jax.Array) -> jax.Array:
+def removable(
+    score: Float[Array, "B S"], visual: Bool[Array, "B S"], least: Float[Array, " B"]
+) -> Bool[Array, "B S"]:
     """The lowest-scoring tokens whose removal leaves a sum of at least `least`.
 
     Args:
-        score: float32 `[B, S]`.
-        visual: bool `[B, S]`, those that may go; at least one stays.
-        least: float32 `[B]`.
+        score: float32.
+        visual: those that may go; at least one stays.
+        least: float32.
     """
     key = jnp.where(visual, score, jnp.inf)
     order = jnp.argsort(key, axis=-1)  # ascending, visual tokens first
@@ -105,7 +117,7 @@ class Scheme(NamedTuple):
 
 
 def stop_at_budget(
-    sizes: np.ndarray, num_tokens: np.ndarray, made_for: int, text_config: Any, save: float
+    sizes: np.ndarray, num_tokens: np.ndarray, made_for: int, text_config: DecoderSizes, save: float
 ) -> Scheme:
     """Steps 3 and 4: deletions of one tolerance, cut off where the budget is met.
 
@@ -162,38 +174,30 @@ def fit(
     Raises:
         UserError: when no tolerance meets the budget.
     """
-    text_config = data.params.config.text_config
+    text_config = data.engine.config.text_config
     L = text_config.num_hidden_layers
     schedule = FitSchedule(
         layers=tuple(range(L)),
         cut=AFTER_ATTENTION,
-        score=FitPrune(deletions=(0,) * L, num_tokens=1).score,
-        query_slots=data.room.text,
+        ranker=FitPrune(deletions=(0,) * L, num_tokens=1).ranker,
+        query_slots=data.lengths.text,
     )
 
-    def records(alpha: float, masses: Callable) -> list[tuple[np.ndarray, ...]]:
-        def counts(batch: Any) -> tuple:
-            return (np.float32(alpha), *masses(batch))
+    def noted(alpha: float, masses: Sequence[tuple[np.ndarray, ...]]) -> list[list[np.ndarray]]:
+        """By batch: tokens left, C and U, `[L, B]` each."""
+        counts = [(np.float32(alpha), *of_batch) for of_batch in masses]
+        found = (records for _, records in recorded(data, schedule, counts))
+        return [[np.stack(x) for x in zip(*records, strict=True)] for records in found]
 
-        found: list[tuple[np.ndarray, ...]] = []
-        for batch, records in run_set(data, run_prompts, schedule, counts):
-            left, C, U = (np.stack(x)[:, : batch.rows] for x in zip(*records, strict=True))
-            found.append((left, C, U))
-        return found
-
-    B = len(data.batches[0].visual_tokens)
     num_tokens = data.visual_tokens
     made_for = int(num_tokens.max())
-    nothing = np.zeros((L, B), np.float32)
-    reference = records(-1.0, lambda _: (nothing, nothing))
-    padded = {
-        id(batch): tuple(np.pad(x, ((0, 0), (0, B - batch.rows))) for x in (C, U))
-        for batch, (_, C, U) in zip(data.batches, reference, strict=True)
-    }
+    nothing = np.zeros((L, data.batches[0].prompt.batch), np.float32)
+    reference = [(C, U) for _, C, U in noted(-1.0, [(nothing, nothing)] * len(data.batches))]
 
     def scheme(alpha: float) -> Scheme:
         def make() -> Any:
-            left = np.concatenate([r[0] for r in records(alpha, lambda b: padded[id(b)])], axis=1)
+            each = zip(noted(alpha, reference), data.batches, strict=True)
+            left = np.concatenate([found[0][:, : batch.rows] for found, batch in each], axis=1)
             before = np.vstack([num_tokens[None], left[:-1]])
             return (before - left).tolist()
 

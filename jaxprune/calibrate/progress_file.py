@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jaxprune.errors import UserError
-from jaxprune.files import read_json
+from jaxprune.files import read_json, whole_file
 
 
-class Memory:
+class ProgressFile:
     """A context in which `remember(key, make)` makes a value once, whatever interrupts it.
 
     Searches are deterministic, so that one begun again asks for the same keys and finds
@@ -51,7 +51,7 @@ class Memory:
                 )
             self.values = saved["values"]
 
-    def __enter__(self) -> "Memory":
+    def __enter__(self) -> "ProgressFile":
         self._bar.start()
         return self
 
@@ -78,11 +78,5 @@ class Memory:
     def _save(self) -> None:
         if self.path is None:
             return
-        partial = self.path.with_name(f".{self.path.name}.partial")
-        try:
-            partial.write_text(json.dumps({"identity": self.identity, "values": self.values}))
-            partial.replace(self.path)
-        except OSError as error:
-            raise UserError(f"Cannot write {self.path} ({error}).") from None
-        finally:
-            partial.unlink(missing_ok=True)
+        with whole_file(self.path) as file:
+            file.write_text(json.dumps({"identity": self.identity, "values": self.values}))

@@ -76,7 +76,8 @@ def _safetensor_reader(path: pathlib.Path, key: str) -> Callable[[], np.ndarray]
     def read() -> np.ndarray:
         # Opened anew for every tensor: a file kept mapped counts as memory, page by page.
         with safe_open(path, framework="np") as file:
-            return file.get_tensor(key)
+            tensor: np.ndarray = file.get_tensor(key)
+            return tensor
 
     return read
 

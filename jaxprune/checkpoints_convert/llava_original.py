@@ -15,21 +15,18 @@ from typing import Any
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers
 
-from jaxprune.checkpoints_convert.plan import Plan, PlannedTensor
+from jaxprune.checkpoints_convert.plan import PlannedTensor
 from jaxprune.errors import UserError
 from jaxprune.files import read_json
-from jaxprune.inputs.processor import (
-    IMAGE_PLACEHOLDER,
-    VICUNA_SYSTEM,
-    Processor,
-    load_processor,
-    processor_files,
-    tokenize,
-)
+from jaxprune.inputs.processor import Processor, load_processor
+from jaxprune.inputs.prompts import tokenize
 from jaxprune.models.clip.config import ClipVisionConfig
+from jaxprune.models.family import IMAGE_PLACEHOLDER, ModelConfig
 from jaxprune.models.llama.config import LlamaConfig
 from jaxprune.models.llava.config import LlavaConfig
+from jaxprune.models.llava.prompts import VICUNA_SYSTEM
 from jaxprune.models.llava_next.config import LlavaNextConfig, pinpoints
+from jaxprune.models.registry import family_of
 
 PAD_TOKEN = "<pad>"
 VOCABULARY_MULTIPLE = 64
@@ -44,11 +41,14 @@ class HubForm:
         config: the model's config.
         token_ids: the special tokens' ids, as config.json has them.
         files: the other files' contents by name: tokenizer, processor, chat template.
+        rows: of the embedding and the head, where they need others than they have; see
+            `with_new_rows`.
     """
 
-    config: Any
+    config: ModelConfig
     token_ids: dict[str, Any]
     files: dict[str, bytes]
+    rows: int | None = None
 
 
 def hub_form(directory: pathlib.Path, config: LlavaConfig) -> HubForm:
@@ -62,7 +62,7 @@ def hub_form(directory: pathlib.Path, config: LlavaConfig) -> HubForm:
         UserError: for a tokenizer that is missing, or that splits a prompt around the image
             token otherwise than around an image.
     """
-    original = load_processor(directory, original=config)
+    original = load_processor(directory, family_of(config), original=config)
     tokenizer = _with_image_token(original)
     vocabulary = tokenizer.get_vocab()
     image, pad = vocabulary[IMAGE_PLACEHOLDER], vocabulary[PAD_TOKEN]
@@ -92,17 +92,17 @@ def hub_form(directory: pathlib.Path, config: LlavaConfig) -> HubForm:
             "clean_up_tokenization_spaces": False,
             "model_max_length": config.text_config.max_position_embeddings,
         },
-        **processor_files(wider, do_pad=original.image_processor.do_pad),
+        **family_of(config).processor_files(wider, do_pad=original.image_processor.do_pad),
     }
     texts = {name: json.dumps(value, indent=2) + "\n" for name, value in fields.items()}
     texts["tokenizer.json"] = tokenizer.to_str()
-    end = original.tokenizer.eos_token or ""
-    texts["chat_template.jinja"] = original.chat_template or _chat_template(end)
-    return HubForm(wider, token_ids, {name: text.encode() for name, text in texts.items()})
+    texts["chat_template.jinja"] = original.chat_template
+    contents = {name: text.encode() for name, text in texts.items()}
+    return HubForm(wider, token_ids, contents, rows)
 
 
-def with_new_rows(path: str, array: np.ndarray, rows: int) -> np.ndarray:
-    """The embedding or head with rows for new ids; any other parameter as it is.
+def with_new_rows(path: str, array: np.ndarray, rows: int | None) -> np.ndarray:
+    """The embedding or head with rows for new ids; any other parameter unchanged.
 
     The new rows are the mean of the old ones. A new id's logit is then the mean of the old
     logits: it is not above their maximum, so greedy answers stay the same, and as exp is
@@ -112,9 +112,9 @@ def with_new_rows(path: str, array: np.ndarray, rows: int) -> np.ndarray:
     Args:
         path: the parameter's path.
         array: in PyTorch's layout, `[V, H]` for embedding and head.
-        rows: the new V.
+        rows: the new V; None for the old one.
     """
-    if path not in VOCABULARY_PATHS or len(array) == rows:
+    if path not in VOCABULARY_PATHS or rows is None or len(array) == rows:
         return array
     wider = np.empty((rows, *array.shape[1:]), array.dtype)
     wider[: len(array)] = array
@@ -122,18 +122,19 @@ def with_new_rows(path: str, array: np.ndarray, rows: int) -> np.ndarray:
     return wider
 
 
-def widen(plan: Plan, rows: int) -> Plan:
+def widen(plan: list[PlannedTensor], rows: int | None) -> list[PlannedTensor]:
     """A plan whose embedding and head are read with `rows` rows; see `with_new_rows`."""
     return [_widened(tensor, rows) for tensor in plan]
 
 
-def _widened(tensor: PlannedTensor, rows: int) -> PlannedTensor:
-    if tensor.path not in VOCABULARY_PATHS:
+def _widened(tensor: PlannedTensor, rows: int | None) -> PlannedTensor:
+    path = tensor.rule.paths[0]
+    if path not in VOCABULARY_PATHS or rows is None:
         return tensor
     stored = dataclasses.replace(
         tensor.stored,
         shape=(rows, *tensor.stored.shape[1:]),
-        read=lambda: with_new_rows(tensor.path, tensor.stored.read(), rows),
+        read=lambda: with_new_rows(path, tensor.stored.read(), rows),
     )
     return dataclasses.replace(tensor, stored=stored)
 
@@ -183,27 +184,6 @@ def _agrees(tokenizer: Tokenizer, original: Processor) -> bool:
         if tokenizer.encode(prompt).ids != expected:
             return False
     return True
-
-
-def _chat_template(end: str) -> str:
-    """The Vicuna format of `processing.render` in Jinja, for messages of text or of parts."""
-    return (
-        "{% if messages and messages[0]['role'] != 'system' %}"
-        f"{{{{ {json.dumps(VICUNA_SYSTEM + ' ')} }}}}"
-        "{% endif %}"
-        "{% for message in messages %}"
-        "{% if message['role'] == 'user' %}{{ 'USER: ' }}"
-        "{% elif message['role'] == 'assistant' %}{{ ' ' }}{% endif %}"
-        "{% if message['content'] is string %}{{ message['content'] }}"
-        "{% else %}{% for part in message['content'] %}"
-        rf"{{% if part['type'] == 'image' %}}{{{{ '{IMAGE_PLACEHOLDER}\n' }}}}"
-        "{% else %}{{ part['text'] }}{% endif %}"
-        "{% endfor %}{% endif %}"
-        "{% if message['role'] == 'system' %}{{ ' ' }}"
-        f"{{% elif message['role'] == 'assistant' %}}{{{{ {json.dumps(end)} }}}}"
-        "{% elif not loop.last or add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}"
-        "{% endfor %}"
-    )
 
 
 def is_original(fields: Mapping[str, Any]) -> bool:

@@ -7,27 +7,29 @@ from typing import Any
 import jax
 import ml_dtypes
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
 from jaxprune.checkpoints_convert.files import stored_tensors
 from jaxprune.checkpoints_convert.llava_original import is_original, original_config
-from jaxprune.checkpoints_convert.plan import Plan, make_plan, unflatten
+from jaxprune.checkpoints_convert.plan import PlannedTensor, make_plan
 from jaxprune.devices.mesh import check_mesh, placed, sharding_of
 from jaxprune.errors import UserError
 from jaxprune.files import read_json
-from jaxprune.models.registry import CONFIGS
+from jaxprune.models.family import ModelConfig
+from jaxprune.models.registry import FAMILIES, family_of
 from jaxprune.progress import track
 
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 def load_checkpoint(
-    directory: pathlib.Path,
+    directory: str | pathlib.Path,
     *,
     dtype: str = "auto",
     mesh: jax.sharding.Mesh | None = None,
-    vision_tower: pathlib.Path | None = None,
+    vision_tower: str | pathlib.Path | None = None,
     show_progress: bool | None = None,
-) -> tuple[dict[str, Any], Any]:
+) -> tuple[dict[str, Any], ModelConfig]:
     """Read the weights of a model directory.
 
     Args:
@@ -35,8 +37,8 @@ def load_checkpoint(
             `convert(..., format="jaxprune")`.
         dtype: "float32", "bfloat16", "float16", or "auto": float32 on CPU; on an
             accelerator bfloat16 where the file has 16-bit weights, else float32.
-        mesh: place every tensor by `jaxprune.partition`'s rules; without one, all on the
-            default device.
+        mesh: lay every parameter over it, by the rules of the model's family; without one,
+            all are on the default device.
         vision_tower: directory of the CLIP tower of an original-format checkpoint, which
             does not hold its own.
         show_progress: a bar on stderr; None shows it in a terminal.
@@ -51,24 +53,30 @@ def load_checkpoint(
     dtype = _resolve_dtype(dtype, directory)
     config = read_config(directory, dtype=dtype, vision_tower=vision_tower)
     if mesh is not None:
-        mesh = check_mesh(mesh, config)
+        mesh = check_mesh(mesh, config.mesh_splits())
     plan = plan_with_tower(directory, config, vision_tower)
     numpy_dtype = numpy_dtype_of(dtype)
 
     # The largest first: a tensor is in memory two or three times while it is laid out, which
     # then happens while most of the model is still on disk.
     plan.sort(key=lambda tensor: -math.prod(tensor.stored.shape))
-    flat = {}
+    rules = family_of(config).weights.partition
+    flat: dict[str, jax.Array] = {}
     for tensor in track(plan, "Loading", len(plan), show=show_progress):
-        array = np.ascontiguousarray(tensor.read().astype(numpy_dtype, copy=False))
-        place = sharding_of(tensor.path, array.shape, mesh) if mesh else None
-        flat[tensor.path] = placed(array, place)
-    return unflatten(flat), config
+        parameters = tensor.read()
+        while parameters:  # no reference is kept to what is copied below
+            path, parameter = parameters.popitem()
+            array = np.ascontiguousarray(parameter.astype(numpy_dtype, copy=False))
+            del parameter
+            place = sharding_of(path, array.shape, mesh, rules) if mesh else None
+            flat[path] = placed(array, place)
+    tree: dict[str, Any] = unflatten_dict(flat, sep="/")
+    return tree, config
 
 
 def plan_with_tower(
-    directory: pathlib.Path, config: Any, vision_tower: pathlib.Path | None
-) -> Plan:
+    directory: pathlib.Path, config: ModelConfig, vision_tower: str | pathlib.Path | None
+) -> list[PlannedTensor]:
     """The plan of a checkpoint whose vision tower may be in a directory of its own.
 
     Raises:
@@ -88,7 +96,7 @@ def numpy_dtype_of(dtype: str) -> np.dtype:
     return np.dtype(ml_dtypes.bfloat16) if dtype == "bfloat16" else np.dtype(dtype)
 
 
-def existing_directory(directory: Any) -> pathlib.Path:
+def existing_directory(directory: object) -> pathlib.Path:
     """The path of a model directory.
 
     Raises:
@@ -124,8 +132,8 @@ def _resolve_dtype(dtype: str, directory: pathlib.Path) -> str:
 
 
 def read_config(
-    directory: pathlib.Path, *, dtype: str, vision_tower: pathlib.Path | None = None
-) -> Any:
+    directory: pathlib.Path, *, dtype: str, vision_tower: str | pathlib.Path | None = None
+) -> ModelConfig:
     """The model config of a directory, whichever family and format it is of.
 
     Raises:
@@ -136,8 +144,8 @@ def read_config(
         tower = existing_directory(vision_tower) if vision_tower else None
         return original_config(fields, dtype=dtype, vision_tower=tower)
     kind = fields.get("model_type")
-    if not isinstance(kind, str) or kind not in CONFIGS:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise UserError(
-            f"{directory} holds a model of type {kind!r}; supported: {', '.join(CONFIGS)}."
+            f"{directory} holds a model of type {kind!r}; supported: {', '.join(FAMILIES)}."
         )
-    return CONFIGS[kind].from_hf(fields, dtype=dtype)
+    return FAMILIES[kind].config.from_hf(fields, dtype=dtype)

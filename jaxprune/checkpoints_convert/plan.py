@@ -3,30 +3,41 @@
 import dataclasses
 import functools
 import pathlib
-from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from jaxprune.checkpoints_convert.files import FLOATS, StoredTensor, stored_tensors
-from jaxprune.checkpoints_convert.keys import canonical_key
-from jaxprune.checkpoints_convert.tables import KEEP, Transform, key_of, path_of
 from jaxprune.errors import UserError
-from jaxprune.models.registry import family, family_name
+from jaxprune.models.family import ModelConfig
+from jaxprune.models.registry import family_of
+from jaxprune.models.weights import KEEP, KeyTable, Rule, Shape
+
+Shapes = dict[str, jax.ShapeDtypeStruct]
+"""A model's parameters by path, "language_model/layers_0/mlp/up_proj/kernel"."""
 
 _SHOWN = 8  # problems of one sort that an error message spells out
 
 
 @dataclasses.dataclass(frozen=True)
 class PlannedTensor:
-    """One stored tensor and the parameter that it becomes."""
+    """One stored tensor and what it becomes.
+
+    Attributes:
+        stored: the tensor.
+        rule: its parameters' paths and how they lie in it.
+        shapes: the parameters' shapes, in the rule's order.
+        config: the model's config.
+    """
 
     stored: StoredTensor
-    path: str
-    transform: Transform
+    rule: Rule
+    shapes: tuple[Shape, ...]
+    config: ModelConfig
 
-    def read(self) -> np.ndarray:
-        """The parameter in this library's layout and the stored dtype.
+    def read(self) -> dict[str, np.ndarray]:
+        """Its parameters by path, in this library's layout and the stored dtype.
 
         Raises:
             UserError: when the file ends early or the tensor holds NaN or infinity.
@@ -42,10 +53,9 @@ class PlannedTensor:
                 f"{self.stored.key} holds NaN or infinity; the checkpoint is damaged, get a sound "
                 "one."
             )
-        return self.transform.load(array)
+        parameters = self.rule.load(array, self.shapes, self.config)
+        return dict(zip(self.rule.paths, parameters, strict=True))
 
-
-Plan = list[PlannedTensor]
 
 # The exponent bits of 16-bit floats: all set in NaN and infinity. Much faster than
 # converting to a type that the processor computes in.
@@ -60,31 +70,16 @@ def _all_finite(array: np.ndarray) -> bool:
 
 
 @functools.lru_cache(maxsize=16)
-def flat_shapes(config: Any) -> dict[str, jax.ShapeDtypeStruct]:
-    """The model's parameters by path, "language_model/layers_0/mlp/up_proj/kernel"."""
-    return flatten(family(config).param_shapes(config))
+def flat_shapes(config: ModelConfig) -> Shapes:
+    """The shapes and dtypes of a model's parameters."""
+    shapes: Shapes = flatten_dict(family_of(config).param_shapes(config), sep="/")
+    return shapes
 
 
-def flatten(tree: dict[str, Any]) -> dict[str, Any]:
-    """A nested dict -> {path: leaf}."""
-    pairs = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {"/".join(entry.key for entry in path): leaf for path, leaf in pairs}
-
-
-def unflatten(flat: dict[str, Any]) -> dict[str, Any]:
-    """{path: leaf} -> a nested dict."""
-    tree: dict[str, Any] = {}
-    for path, leaf in flat.items():
-        *parents, name = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = leaf
-    return tree
-
-
-def make_plan(directory: pathlib.Path, config: Any, *extra: pathlib.Path) -> Plan:
-    """Pair every stored tensor with its parameter, or say everything that does not fit.
+def make_plan(
+    directory: pathlib.Path, config: ModelConfig, *extra: pathlib.Path
+) -> list[PlannedTensor]:
+    """Pair every stored tensor with its parameters, or say everything that does not fit.
 
     Args:
         directory: where the checkpoint is.
@@ -95,21 +90,22 @@ def make_plan(directory: pathlib.Path, config: Any, *extra: pathlib.Path) -> Pla
     Raises:
         UserError: naming all missing, unknown, doubled and mis-shaped tensors at once.
     """
-    table = family_name(config)
+    table = family_of(config).weights
     expected = flat_shapes(config)
     plan: dict[str, PlannedTensor] = {}
-    unknown, doubled, misshaped = [], [], []
+    unknown: list[str] = []
+    doubled: list[str] = []
+    misshaped: list[str] = []
     for place in (directory, *extra):
         for stored in stored_tensors(place):
-            found = _target(table, stored.key, expected)
-            if found is None:
+            rule = _rule(table, stored.key, expected)
+            if rule is None:
                 continue
-            path, transform = found
-            if path not in expected:
+            if any(path not in expected for path in rule.paths):
                 if place == directory:
                     unknown.append(stored.key)
                 continue
-            if path in plan:
+            if any(path in plan for path in rule.paths):
                 if place == directory:
                     doubled.append(stored.key)
                 continue
@@ -118,14 +114,14 @@ def make_plan(directory: pathlib.Path, config: Any, *extra: pathlib.Path) -> Pla
                     f"{place} stores {stored.key} as {stored.dtype}; supported: "
                     f"{', '.join(FLOATS)}. Quantised checkpoints have to be converted first."
                 )
-            shape = stored_shape(transform, expected[path].shape)
+            shapes = tuple(expected[path].shape for path in rule.paths)
+            shape = rule.stored_shape(shapes)
             if stored.shape != shape:
                 misshaped.append(f"{stored.key} is {list(stored.shape)}, expected {list(shape)}")
-            plan[path] = PlannedTensor(stored, path, transform)
+            plan |= dict.fromkeys(rule.paths, PlannedTensor(stored, rule, shapes, config))
 
-    missing = [key_of(table, path)[0] for path in expected if path not in plan]
     problems = [
-        _list_some("missing", missing),
+        _list_some("missing", _missing(table, plan, expected)),
         _list_some("unknown", unknown),
         _list_some("present twice", doubled),
         _list_some("of another shape", misshaped),
@@ -136,28 +132,35 @@ def make_plan(directory: pathlib.Path, config: Any, *extra: pathlib.Path) -> Pla
             f"{'; '.join(problem for problem in problems if problem)}. "
             "Check that both are of the same model and fully downloaded."
         )
-    return [plan[path] for path in expected]
+    by_key = {plan[path].stored.key: plan[path] for path in expected}  # once each
+    return list(by_key.values())
 
 
-def _target(table: str, key: str, expected: dict) -> tuple[str, Transform] | None:
-    """Path and transform of a stored key; None for what may be skipped."""
+def _rule(table: KeyTable, key: str, expected: Shapes) -> Rule | None:
+    """The rule of a stored key; None for what may be skipped."""
+    itself = Rule(key, key, KEEP)
     if "/" in key:  # this library's own format: already named and laid out as parameters
-        return key, KEEP
-    name = canonical_key(key)
+        return itself
+    name = table.canonical_key(key)
     if name is None:
         return None
-    found = path_of(table, name)
-    if found is None:
-        return key, KEEP  # not in `expected`, hence reported as unknown
-    if found[0] == "language_model/lm_head/kernel" and found[0] not in expected:
-        return None  # tied embeddings: transformers ignores a stored head too
-    return found
+    rule = table.rule_of_key(name)
+    if rule is None:
+        return itself  # not in `expected`, hence reported as unknown
+    if rule.optional and not expected.keys() & set(rule.paths):
+        return None
+    return rule
 
 
-def stored_shape(transform: Transform, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape on disk of a parameter of `shape`, without memory for either."""
-    blank = np.broadcast_to(np.zeros((), np.int8), shape)
-    return transform.export(blank).shape
+def _missing(table: KeyTable, plan: dict[str, PlannedTensor], expected: Shapes) -> list[str]:
+    """The keys that a checkpoint lacks; the paths of parameters whose neighbours it has.
+
+    Several parameters may share a tensor in the form that is written, and be stored one by
+    one in another form that is read.
+    """
+    rules = {path: table.rule_of_path(path) for path in expected if path not in plan}
+    names = (path if plan.keys() & set(rule.paths) else rule.key for path, rule in rules.items())
+    return list(dict.fromkeys(names))
 
 
 def _list_some(label: str, names: list[str]) -> str:

@@ -1,14 +1,13 @@
 """Writing model directories: all or nothing, and checked against what they came from."""
 
-import contextlib
 import dataclasses
 import json
 import pathlib
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
+from flax.traverse_util import flatten_dict
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
@@ -27,15 +26,19 @@ from jaxprune.checkpoints_convert.load import (
     plan_with_tower,
     read_config,
 )
-from jaxprune.checkpoints_convert.plan import Plan, flatten
-from jaxprune.checkpoints_convert.tables import key_of
+from jaxprune.checkpoints_convert.plan import PlannedTensor
 from jaxprune.errors import UserError
-from jaxprune.files import read_json
-from jaxprune.models.registry import family_name
+from jaxprune.files import read_json, whole_directory
+from jaxprune.models.family import ModelConfig
+from jaxprune.models.llava.config import LlavaConfig
+from jaxprune.models.registry import family_of
+from jaxprune.models.weights import Rule
 from jaxprune.progress import track
 
 FORMATS = ("hf", "jaxprune")
 MAX_SHARD_BYTES = 2 * 1024**3
+
+_FAILURES = (OSError, SafetensorError)  # to write a directory
 
 _COMPANIONS = (
     "added_tokens.json",
@@ -64,8 +67,8 @@ class ConvertReport:
 
 def export(
     params: dict[str, Any],
-    config: Any,
-    directory: Any,
+    config: ModelConfig,
+    directory: str | pathlib.Path,
     *,
     companions: pathlib.Path | None = None,
     show_progress: bool | None = None,
@@ -81,38 +84,41 @@ def export(
         show_progress: a bar on stderr; None shows it in a terminal.
 
     Raises:
-        UserError: when `directory` exists or cannot be written, or a model in LLaVA's
-            original format comes without its tokenizer.
+        UserError: when `directory` exists or cannot be written, a model in LLaVA's original
+            format comes without its tokenizer, or a parameter is missing that is stored in
+            one tensor with others.
     """
-    table = family_name(config)
-    flat = flatten(params)
     form = _form_of(config, companions)
-    rows = form.config.text_config.vocab_size
-
-    def tensors() -> Iterator[tuple[str, np.ndarray]]:
-        for path, array in track(flat.items(), "Exporting", len(flat), show=show_progress):
-            key, transform = key_of(table, path)
-            yield key, with_new_rows(path, transform.export(np.asarray(array)), rows)
-
-    with _new_directory(directory) as place:
-        _write_weights(place, tensors())
+    # In the tree's order: what is stored in one tensor stands close together.
+    flat = sorted(flatten_dict(params, sep="/").items())
+    parameters = (
+        (path, np.asarray(array))
+        for path, array in track(flat, "Exporting", len(flat), show=show_progress)
+    )
+    tensors = (
+        (rule.key, with_new_rows(rule.paths[0], array, form.rows))
+        for rule, array in _stored(parameters, config)
+    )
+    target = _new_path(directory)
+    with whole_directory(target, failures=_FAILURES) as place:
+        _write_weights(place, tensors)
         _write_companions(place, _config_fields(form, config.dtype), form.files)
 
 
 def convert(
-    source: Any,
-    destination: Any,
+    source: str | pathlib.Path,
+    destination: str | pathlib.Path,
     *,
     dtype: str | None = None,
     format: str = "hf",
     verify: bool = True,
-    vision_tower: Any = None,
+    vision_tower: str | pathlib.Path | None = None,
     show_progress: bool | None = None,
 ) -> ConvertReport:
     """Rewrite a checkpoint of any supported spelling as one clean directory, streaming.
 
     One of LLaVA's original format is given an image token, a longer vocabulary and the files
-    of a processor; see `original.py`.
+    of a processor; see `llava_original.py`.
 
     Args:
         source: Hugging Face directory, original-format directory, or one of this library's.
@@ -139,45 +145,67 @@ def convert(
 
     fields = read_json(source / "config.json")
     files = _companion_files(source)
-    if is_original(fields):
+    if is_original(fields) and isinstance(config, LlavaConfig):
         form = hub_form(source, config)
         stored = fields.get("torch_dtype") or fields.get("dtype") or config.dtype
         fields, files = _config_fields(form, stored), form.files
-        plan = widen(plan, form.config.text_config.vocab_size)
+        plan = widen(plan, form.rows)
     if dtype is not None:
         fields.pop("torch_dtype", None)
         fields["dtype"] = dtype
 
-    table = family_name(config)
-    with _new_directory(destination) as place:
-        tensors = _converted(plan, table, dtype, format)
-        size = _write_weights(place, track(tensors, "Converting", len(plan), show=show_progress))
-        _write_companions(place, fields, files)
-        verified = _verify(place, plan, table, dtype, format, show_progress) if verify else 0
-    return ConvertReport(tensors=len(plan), bytes=size, verified=verified)
-
-
-def _converted(
-    plan: Plan, table: str, dtype: str | None, format: str
-) -> Iterator[tuple[str, np.ndarray]]:
-    for tensor in plan:
-        array = tensor.read()
-        if dtype is not None:
-            array = array.astype(numpy_dtype_of(dtype), copy=False)
+    def tensors(label: str) -> Iterator[tuple[str, np.ndarray]]:
+        tracked = track(plan, label, len(plan), show=show_progress)
+        parameters = _parameters(tracked, dtype)
         if format == "jaxprune":
-            yield tensor.path, array
-        else:
-            key, transform = key_of(table, tensor.path)
-            yield key, transform.export(array)
+            return parameters
+        return ((rule.key, array) for rule, array in _stored(parameters, config))
+
+    target = _new_path(destination)
+    with whole_directory(target, failures=_FAILURES) as place:
+        count, size = _write_weights(place, tensors("Converting"))
+        _write_companions(place, fields, files)
+        verified = _verify(place, tensors("Verifying")) if verify else 0
+    return ConvertReport(tensors=count, bytes=size, verified=verified)
 
 
-def _verify(
-    place: pathlib.Path, plan: Plan, table: str, dtype: str | None, format: str, show: bool | None
-) -> int:
+def _parameters(
+    plan: Iterable[PlannedTensor], dtype: str | None
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The parameters of a plan by path, read one tensor at a time and cast."""
+    for tensor in plan:
+        for path, array in tensor.read().items():
+            yield path, array if dtype is None else array.astype(numpy_dtype_of(dtype), copy=False)
+
+
+def _stored(
+    parameters: Iterable[tuple[str, np.ndarray]], config: ModelConfig
+) -> Iterator[tuple[Rule, np.ndarray]]:
+    """Parameters by path -> the stored tensors of a family, each once all its parts are there.
+
+    Raises:
+        UserError: when a part of a tensor is missing.
+    """
+    table = family_of(config).weights
+    waiting: dict[str, dict[str, np.ndarray]] = {}
+    for path, array in parameters:
+        rule = table.rule_of_path(path)
+        parts = waiting.setdefault(rule.key, {})
+        parts[path] = array
+        if len(parts) == len(rule.paths):
+            del waiting[rule.key]
+            yield rule, rule.export([parts[path] for path in rule.paths], config)
+    for key, parts in waiting.items():
+        paths = table.rule_of_path(next(iter(parts))).paths
+        missing = ", ".join(path for path in paths if path not in parts)
+        raise UserError(f"The parameters lack {missing}, which {key} holds together with others.")
+
+
+def _verify(place: pathlib.Path, tensors: Iterable[tuple[str, np.ndarray]]) -> int:
+    """Compare what was written with what should have been; returns the number of tensors."""
     written = {tensor.key: tensor for tensor in stored_tensors(place)}
     count = 0
-    pairs = _converted(plan, table, dtype, format)
-    for key, array in track(pairs, "Verifying", len(plan), show=show):
+    for key, array in tensors:
         back = written[key].read()
         if back.dtype != array.dtype or not np.array_equal(back, array):
             raise UserError(f"{key} was not written as it was read; check the disk and try again.")
@@ -185,8 +213,14 @@ def _verify(
     return count
 
 
-def _write_weights(place: pathlib.Path, tensors: Iterable[tuple[str, np.ndarray]]) -> int:
-    """Write shards of at most 2 GiB and, for more than one, their index; returns the bytes."""
+def _write_weights(
+    place: pathlib.Path, tensors: Iterable[tuple[str, np.ndarray]]
+) -> tuple[int, int]:
+    """Write shards of at most 2 GiB and, for more than one, their index.
+
+    Returns:
+        The number of tensors and of their bytes.
+    """
     shards: list[list[str]] = []
     pending: dict[str, np.ndarray] = {}
     total = pending_bytes = 0
@@ -209,9 +243,10 @@ def _write_weights(place: pathlib.Path, tensors: Iterable[tuple[str, np.ndarray]
         total += array.nbytes
     flush()
 
+    count = sum(map(len, shards))
     if len(shards) == 1:
         (place / "shard-0").rename(place / "model.safetensors")
-        return total
+        return count, total
     weight_map: dict[str, str] = {}
     for i, keys in enumerate(shards):
         name = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
@@ -219,12 +254,12 @@ def _write_weights(place: pathlib.Path, tensors: Iterable[tuple[str, np.ndarray]
         weight_map |= dict.fromkeys(keys, name)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (place / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-    return total
+    return count, total
 
 
-def _form_of(config: Any, companions: pathlib.Path | None) -> HubForm:
+def _form_of(config: ModelConfig, companions: pathlib.Path | None) -> HubForm:
     """Config, token ids and files of a model to export, made up where its format lacks them."""
-    if config.image_token_index >= 0:
+    if not isinstance(config, LlavaConfig) or config.image_token_index >= 0:
         return HubForm(config, _token_ids(companions), _companion_files(companions))
     if companions is None:
         raise UserError(
@@ -264,9 +299,12 @@ def _token_ids(companions: pathlib.Path | None) -> dict[str, Any]:
     return {name: fields[name] for name in names if fields.get(name) is not None}
 
 
-@contextlib.contextmanager
-def _new_directory(directory: Any) -> Iterator[pathlib.Path]:
-    """A directory that appears under its name only once it is complete."""
+def _new_path(directory: object) -> pathlib.Path:
+    """The path of a directory to write.
+
+    Raises:
+        UserError: when it is no path, or something is there.
+    """
     if not isinstance(directory, str | pathlib.Path):
         raise UserError(f"The destination is a {type(directory).__name__}; expected a path.")
     if "\0" in str(directory):
@@ -278,13 +316,4 @@ def _new_directory(directory: Any) -> Iterator[pathlib.Path]:
         raise UserError(f"{str(directory)[:60]!r} is not a path; name another.") from None
     if exists:
         raise UserError(f"{target} exists; name a directory that does not, nothing is overwritten.")
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        partial.rename(target)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"Cannot write {target} ({error}).") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    return target

@@ -1,4 +1,4 @@
-"""How a model and its requests are laid over a device mesh: one table of rules.
+"""How a model and its requests are laid over a device mesh.
 
 A mesh has the axes "data", over which the rows of a batch are spread, and "model", over
 which every layer is: its heads, its MLP's width, the vocabulary. Either may be missing. XLA
@@ -7,6 +7,7 @@ propagates these placements through the programs and inserts the communication.
 
 import contextlib
 import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -18,18 +19,13 @@ from jaxprune.errors import UserError
 
 DATA_AXIS, MODEL_AXIS = "data", "model"
 
-# The first rule that fits a parameter's path; what no rule names is on every device whole.
-_RULES = [
-    (r".*/(q_proj|k_proj|v_proj|gate_proj|up_proj|fc1)/kernel", PartitionSpec(None, MODEL_AXIS)),
-    (r".*/(q_proj|k_proj|v_proj|gate_proj|up_proj|fc1)/bias", PartitionSpec(MODEL_AXIS)),
-    (r".*/(o_proj|out_proj|down_proj|fc2)/kernel", PartitionSpec(MODEL_AXIS, None)),
-    (r".*/lm_head/kernel", PartitionSpec(None, MODEL_AXIS)),
-    (r".*/embed_tokens/embedding", PartitionSpec(MODEL_AXIS, None)),
-]
 
-
-def check_mesh(mesh: Any, config: Any) -> Mesh:
+def check_mesh(mesh: object, splits: Mapping[str, int]) -> Mesh:
     """The mesh in the form that programs take, if the model can be laid over it.
+
+    Args:
+        mesh: what a user passed as one.
+        splits: the model's sizes that its "model" axis splits, by name.
 
     Raises:
         UserError: for no mesh, unknown axes, or an axis that does not divide what it splits.
@@ -41,15 +37,8 @@ def check_mesh(mesh: Any, config: Any) -> Mesh:
             f"The mesh has the axes {mesh.axis_names}; expected {DATA_AXIS!r}, {MODEL_AXIS!r} or "
             'both, e.g. jax.make_mesh((2, 4), ("data", "model")).'
         )
-    parts, text, vision = mesh.shape.get(MODEL_AXIS, 1), config.text_config, config.vision_config
-    sides = {
-        "attention heads": text.num_attention_heads,
-        "key/value heads": text.num_key_value_heads,
-        "MLP features": text.intermediate_size,
-        "attention heads of the vision tower": vision.num_attention_heads,
-        "MLP features of the vision tower": vision.intermediate_size,
-    }
-    for name, size in sides.items():
+    parts = mesh.shape.get(MODEL_AXIS, 1)
+    for name, size in splits.items():
         if size % parts:
             raise UserError(
                 f"The mesh's \"model\" axis has {parts} devices, which do not divide the model's "
@@ -58,20 +47,26 @@ def check_mesh(mesh: Any, config: Any) -> Mesh:
     return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * mesh.devices.ndim)
 
 
-def sharding_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+def sharding_of(
+    path: str, shape: tuple[int, ...], mesh: Mesh, rules: Iterable[tuple[str, int]]
+) -> NamedSharding:
     """Where a parameter goes: split over the mesh's "model" axis, or whole on every device.
 
     A vocabulary that the axis does not divide stays whole; so does everything on a mesh
     without such an axis.
+
+    Args:
+        path: the parameter's.
+        shape: the parameter's.
+        mesh: as `check_mesh` gives it.
+        rules: (regular expression for a whole path, axis that is split); the first that
+            fits counts.
     """
-    if MODEL_AXIS in mesh.axis_names:
-        parts = mesh.shape[MODEL_AXIS]
-        for pattern, spec in _RULES:
-            if re.fullmatch(pattern, path):
-                split = next(i for i, name in enumerate(spec) if name == MODEL_AXIS)
-                if shape[split] % parts == 0:
-                    return NamedSharding(mesh, spec)
-    return NamedSharding(mesh, PartitionSpec())
+    split = next((axis for pattern, axis in rules if re.fullmatch(pattern, path)), None)
+    if split is None or MODEL_AXIS not in mesh.axis_names or shape[split] % mesh.shape[MODEL_AXIS]:
+        return NamedSharding(mesh, PartitionSpec())
+    axes = [MODEL_AXIS if axis == split else None for axis in range(len(shape))]
+    return NamedSharding(mesh, PartitionSpec(*axes))
 
 
 def mesh_of(arrays: dict[str, Any]) -> Mesh | None:
@@ -81,10 +76,14 @@ def mesh_of(arrays: dict[str, Any]) -> Mesh | None:
     return mesh if isinstance(mesh, Mesh) else None
 
 
-def with_auto_axes(arrays: dict[str, Any], config: Any) -> dict[str, Any]:
+def with_auto_axes(arrays: dict[str, Any], splits: Mapping[str, int]) -> dict[str, Any]:
     """Parameters as they are; laid by hand over a mesh of other axis types, on one of Auto axes.
 
     `jax.make_mesh` makes Explicit axes, over which XLA does not propagate placements.
+
+    Args:
+        arrays: nested dicts of arrays.
+        splits: as for `check_mesh`.
 
     Raises:
         UserError: as `check_mesh`.
@@ -92,8 +91,11 @@ def with_auto_axes(arrays: dict[str, Any], config: Any) -> dict[str, Any]:
     mesh = mesh_of(arrays)
     if mesh is None or set(mesh.axis_types) == {AxisType.Auto}:
         return arrays
-    mesh = check_mesh(mesh, config)
-    return jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, x.sharding.spec)), arrays)
+    mesh = check_mesh(mesh, splits)
+    laid: dict[str, Any] = jax.tree.map(
+        lambda x: jax.device_put(x, NamedSharding(mesh, x.sharding.spec)), arrays
+    )
+    return laid
 
 
 def to_host(tree: Any) -> Any:
@@ -118,7 +120,7 @@ def devices_sharing(mesh: Mesh | None, batch: int) -> int:
     return int(mesh.shape.get(MODEL_AXIS, 1) * (rows if batch % rows == 0 else 1))
 
 
-def on_mesh(mesh: Mesh | None) -> Any:
+def on_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
     """A context in which programs are made for a mesh; for None, one that does nothing."""
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
@@ -140,5 +142,6 @@ def spread(tree: Any, mesh: Mesh | None, *, axis: int = 0) -> Any:
 def placed(array: Any, sharding: NamedSharding | None) -> jax.Array:
     """An array on its devices; None: the default one. A host of several gives its own shards."""
     if sharding is None or sharding.is_fully_addressable or not isinstance(array, np.ndarray):
-        return jax.device_put(array, sharding)
+        whole: jax.Array = jax.device_put(array, sharding)
+        return whole
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])

@@ -1,7 +1,7 @@
 """What a prompt costs in the decoder: tokens, multiply-adds and cache bytes, layer by layer.
 
 The formula is FitPrune's (arXiv 2409.10197), with grouped-query attention counted as it is.
-For n tokens into a layer and n' left behind its attention, width D, H heads and K key/value
+For n tokens into a layer and n' left after its attention, width D, H heads and K key/value
 heads of width d, MLP width m, in multiply-adds (a FLOP count is twice that):
 
     n D (H + 2 K) d     query, key and value projections
@@ -21,9 +21,14 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jaxprune.errors import UserError
-from jaxprune.methods import Plan, depth_of
+from jaxprune.engine.shapes import tokens_left
+from jaxprune.errors import UserError, is_whole
+from jaxprune.methods import Plan, resolve
+from jaxprune.methods.fitprune import MOST_TOKENS
+from jaxprune.models.family import DecoderSizes, ModelConfig
+from jaxprune.models.registry import depth_of
 from jaxprune.ops.cuts import AFTER_ATTENTION, Schedule
+from jaxprune.ops.tiles import VisualSize
 
 FORMULA = (
     "multiply-adds of the decoder's layers: nD(H+2K)d + 2n^2Hd + n'HdD + 3n'Dm "
@@ -108,8 +113,8 @@ class Cost:
         }
 
 
-def layer_macs(text_config: Any, tokens_in: int, tokens_out: int) -> int:
-    """Multiply-adds of one layer; `tokens_out` is what is left behind its attention."""
+def layer_macs(text_config: DecoderSizes, tokens_in: int, tokens_out: int) -> int:
+    """Multiply-adds of one layer; `tokens_out` is what is left after its attention."""
     c = text_config
     heads = c.num_attention_heads * c.head_dim
     shared = c.num_key_value_heads * c.head_dim
@@ -120,18 +125,74 @@ def layer_macs(text_config: Any, tokens_in: int, tokens_out: int) -> int:
     return int(before + after)
 
 
-def encode_macs(config: Any, tiles: int) -> int:
-    """Multiply-adds of the vision tower's layers that are run for so many tiles."""
-    c = config.vision_config
-    layers = c.num_hidden_layers
-    run = max(index % (layers + 1) for index in config.feature_layers)
-    n, D = c.num_patches + 1, c.hidden_size
-    layer = n * D * (4 * D + 2 * c.intermediate_size) + 2 * n**2 * D
-    return int(tiles * (run * layer + c.num_patches * c.patch_size**2 * 3 * D))
+def estimate(
+    config: ModelConfig,
+    method: Any = "none",
+    *,
+    text_tokens: int = 64,
+    visual_tokens: int | None = None,
+    image_size: tuple[int, int] | None = None,
+    **method_options: Any,
+) -> Cost:
+    """The cost of a prompt with one image, without weights, an image or a device.
+
+    Args:
+        config: the model's config; `jaxprune.model.read_config` finds one by name.
+        method: as for `jaxprune.generate`.
+        text_tokens: text tokens of the prompt.
+        visual_tokens: visual tokens that enter the decoder, for methods that decide by the
+            image; without a vision-side method, those of the image.
+        image_size: width and height in pixels, for models whose images differ in tokens;
+            None counts the image that has the most.
+        **method_options: hyperparameters of a named method.
+
+    Raises:
+        UserError: for numbers out of range, a method that does not fit the model, or one that
+            decides by the image where `visual_tokens` is None.
+    """
+    for name, value in (("text_tokens", text_tokens), ("visual_tokens", visual_tokens)):
+        if value is not None and not (is_whole(value) and 0 <= value <= MOST_TOKENS):
+            raise UserError(f"{name} is {value!r}; expected a number from 0 to {MOST_TOKENS:,}.")
+    plan = resolve(method, depth_of(config), **method_options)
+    fixed = method_options.get("keep") is not None and config.one_tile
+    if visual_tokens is not None and fixed:
+        raise UserError("keep says how many visual tokens are left; leave out visual_tokens.")
+    unpruned = None if image_size is None else _image_tokens(config, image_size)
+    if visual_tokens is not None and plan.vision is None:
+        unpruned = visual_tokens
+    elif visual_tokens is not None:
+        most = most_tokens(config) if unpruned is None else unpruned
+        if visual_tokens > most:
+            raise UserError(
+                f"visual_tokens is {visual_tokens}, but an image has {most} before pruning."
+            )
+    return prompt_cost(
+        config,
+        plan,
+        text_tokens=text_tokens,
+        unpruned_visual_tokens=unpruned,
+        visual_tokens=visual_tokens,
+    )
+
+
+def most_tokens(config: ModelConfig) -> int:
+    """Visual tokens of the image that has the most of them, before pruning."""
+    return config.most_tokens(config.most_tiles)
+
+
+def _image_tokens(config: ModelConfig, image_size: tuple[int, int]) -> int:
+    """Visual tokens of an image of this size, before pruning."""
+    sides = image_size if isinstance(image_size, tuple | list) else ()
+    if len(sides) != 2 or not all(is_whole(side) and side >= 1 for side in sides):
+        raise UserError(
+            f"image_size is {image_size!r}; expected width and height in pixels, e.g. (672, 672)."
+        )
+    width, height = sides
+    return config.tiling(VisualSize(height, width)).num_tokens
 
 
 def prompt_cost(
-    config: Any,
+    config: ModelConfig,
     plan: Plan,
     *,
     text_tokens: int,
@@ -150,20 +211,20 @@ def prompt_cost(
     Raises:
         UserError: when a vision-side method decides by the image and `visual_tokens` is None.
     """
-    full = config.num_image_tokens if unpruned_visual_tokens is None else unpruned_visual_tokens
+    full = most_tokens(config) if unpruned_visual_tokens is None else unpruned_visual_tokens
     if plan.vision is None:
         entering = full
     elif visual_tokens is not None:
         entering = visual_tokens
     else:
-        plan.vision.check(full - config.keep_cls)
-        fixed = plan.vision.fixed_count(full - config.keep_cls) if config.one_tile else None
+        plan.vision.check(config.tower.tokens_per_tile if config.one_tile else full)
+        fixed = tokens_left(config, plan.vision)
         if fixed is None:
             raise UserError(
                 f"How many tokens {plan.vision.name} leaves depends on the image; give their "
                 f"number as visual_tokens{', or a fixed keep' if config.one_tile else ''}."
             )
-        entering = fixed + config.keep_cls
+        entering = fixed
     layers = config.text_config.num_hidden_layers
     removed = np.zeros(layers, int)
     if plan.decoder is not None:
@@ -172,7 +233,9 @@ def prompt_cost(
     return _cost(config, plan, text_tokens, entering, removed, unpruned)
 
 
-def executed(config: Any, slots: int, schedule: Schedule, *, new_slots: int) -> dict[str, int]:
+def executed(
+    config: ModelConfig, slots: int, schedule: Schedule, *, new_slots: int
+) -> dict[str, int]:
     """What one row of a padded batch costs: its shapes, not its tokens.
 
     Args:
@@ -198,7 +261,7 @@ def executed(config: Any, slots: int, schedule: Schedule, *, new_slots: int) -> 
     }
 
 
-def cache_bytes(text_config: Any, tokens: int) -> int:
+def cache_bytes(text_config: DecoderSizes, tokens: int) -> int:
     """Bytes of one layer's keys and values."""
     c = text_config
     item = np.dtype(ml_dtypes.bfloat16 if c.dtype == "bfloat16" else c.dtype).itemsize
@@ -206,7 +269,12 @@ def cache_bytes(text_config: Any, tokens: int) -> int:
 
 
 def _cost(
-    config: Any, plan: Plan, text: int, entering: int, removed: np.ndarray, unpruned: Cost | None
+    config: ModelConfig,
+    plan: Plan,
+    text: int,
+    entering: int,
+    removed: np.ndarray,
+    unpruned: Cost | None,
 ) -> Cost:
     c = config.text_config
     method, layers, scores = plan.decoder, [], 0

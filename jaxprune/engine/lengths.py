@@ -1,12 +1,14 @@
 """A decoder-side method on one batch: static lengths from buckets, exact counts from rows."""
 
 import functools
+from typing import Any
 
 import numpy as np
 
 from jaxprune.engine.shapes import Lengths, few_lengths
-from jaxprune.methods.base import DecoderMethod, Depth, removed_table
-from jaxprune.ops.cuts import QUESTION, VISUAL, Schedule
+from jaxprune.inputs.layout import Layout
+from jaxprune.methods.base import DecoderMethod, removed_table
+from jaxprune.ops.cuts import QUESTION, Depth, Schedule
 
 
 @functools.lru_cache(maxsize=256)
@@ -29,11 +31,8 @@ def gather_schedule(
     before = np.concatenate([np.zeros_like(table[:, :1]), table[:, :-1]], axis=1)
     return Schedule(
         layers=tuple(int(l) for l in np.nonzero((table > before).any(axis=0))[0]),
-        cut=method.cut,
-        score=method.score,
-        prune_text=method.prune_text,
         lengths=few_lengths([int(n) for n in needed], distinct),
-        query_slots=room.text,
+        **_kind_of(method, room),
     )
 
 
@@ -41,26 +40,31 @@ def mask_schedule(method: DecoderMethod, depth: Depth, room: Lengths) -> Schedul
     """The schedule that evaluates any counts in one program: every layer may cut."""
     return Schedule(
         layers=tuple(range(depth.num_hidden_layers)),
-        cut=method.cut,
-        score=method.score,
-        prune_text=method.prune_text,
-        query_slots=room.text,
+        **_kind_of(method, room),
     )
 
 
-def candidates_left(
-    method: DecoderMethod, depth: Depth, kind: np.ndarray, visual: np.ndarray
-) -> np.ndarray:
-    """How many candidates stay behind each layer: int32 `[L, B]`.
+def _kind_of(method: DecoderMethod, room: Lengths) -> dict[str, Any]:
+    """What the two executions of a method have in common."""
+    return {
+        "cut": method.cut,
+        "ranker": method.ranker,
+        "prune_text": method.prune_text,
+        "renumber": method.positions == "renumber",
+        "query_slots": room.text,
+    }
+
+
+def candidates_left(method: DecoderMethod, depth: Depth, layout: Layout) -> np.ndarray:
+    """How many candidates stay after each layer: int32 `[L, B]`.
 
     Args:
         method: the decoder-side method.
         depth: the model's.
-        kind: int32 `[B, S]`, the batch's tokens: see `ops.schedule`.
-        visual: int `[B]`, visual tokens of each row.
+        layout: the batch.
     """
-    candidates = (kind == VISUAL).sum(axis=1)
+    candidates = layout.candidates
     if method.prune_text:
-        candidates = candidates + (kind == QUESTION).sum(axis=1)
-    removed = np.stack([method.removed(int(n), depth) for n in visual], axis=1)  # [L, B]
+        candidates = candidates + (layout.embedded.kind == QUESTION).sum(axis=1)
+    removed = np.stack([method.removed(int(n), depth) for n in layout.visual], axis=1)  # [L, B]
     return np.maximum(candidates - removed, 0).astype(np.int32)

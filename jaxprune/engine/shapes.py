@@ -1,109 +1,26 @@
-"""Shape buckets: every array that reaches a compiled program has one of these sizes.
-
-XLA compiles a program per shape. Rounding every dynamic size up to a listed one bounds the
-number of programs by the product of the lists, whatever users send; the excess is masked.
-
-    Buckets    the lists
-    Shapes     the sizes of a request, for `generate`; of all requests, for `warmup`
-"""
+"""The padded sizes of a request, from the buckets; and those of all requests there can be."""
 
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from jaxprune.errors import UserError
+from jaxprune.engine.buckets import Buckets
+from jaxprune.methods.base import VisionMethod
+from jaxprune.models.family import ModelConfig
+from jaxprune.ops.tiles import VisualSize
 
-_POWERS = (1, 2, 4, 8, 16, 32, 64)
 
+def tokens_left(config: ModelConfig, method: VisionMethod) -> int | None:
+    """Visual tokens that a method leaves of an image of one tile, where images do not differ.
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Buckets:
-    """The sizes allowed for each dynamic dimension, ascending.
-
-    Attributes:
-        batch: rows of a request.
-        images: images of a request, all rows together.
-        image_tiles: tiles of one image, the same for all of a request.
-        row_images: images of one row.
-        visual: visual tokens of an image, before pruning where images differ and behind an
-            adaptive method; and of a row of several images.
-        text: text tokens of a row.
-        new_tokens: tokens to be generated. Room for more costs little: decoding reads a longer
-            cache, and stops where the answer ends.
-        schedule_lengths: how many different lengths a decoder's layers may have under a
-            decoder-side method: each more saves padding and costs compile time. None takes
-            every length as it is.
-
-    Raises:
-        UserError: for lists that are not ascending positive whole numbers.
+    Its patches, the method's extra tokens, and what is no patch: a CLS token, say.
     """
-
-    batch: tuple[int, ...] = _POWERS
-    images: tuple[int, ...] = _POWERS
-    image_tiles: tuple[int, ...] = (1, 3, 5, 8, 13, 26, 40)
-    row_images: tuple[int, ...] = _POWERS
-    visual: tuple[int, ...] = (
-        32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 16384,
-        32768, 65536,
-    )  # fmt: skip
-    text: tuple[int, ...] = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
-    new_tokens: tuple[int, ...] = (128, 512, 2048, 4096)
-    schedule_lengths: int | None = 8
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            if field.name == "schedule_lengths":
-                continue
-            sizes = getattr(self, field.name)
-            listed = isinstance(sizes, tuple | list) and all(type(n) is int for n in sizes)
-            if not listed or not sizes or list(sizes) != sorted(set(sizes)) or sizes[0] < 1:
-                raise UserError(
-                    f"The buckets for {field.name} are {sizes!r}; expected ascending positive "
-                    "whole numbers in a tuple."
-                )
-            object.__setattr__(self, field.name, tuple(sizes))
-        distinct = self.schedule_lengths
-        if distinct is not None and (not isinstance(distinct, int) or distinct < 1):
-            raise UserError(
-                f"schedule_lengths is {distinct!r}; expected a whole number, 1 or more, or None."
-            )
-
-    def up_to(self, **most: int) -> "Buckets":
-        """The same lists, each cut behind the first bucket that holds what is named.
-
-        `Buckets().up_to(batch=8, text=512)` chooses the shapes of `Buckets()`, but refuses
-        requests of more than 8 rows or 512 text tokens.
-
-        Raises:
-            UserError: for a dimension that there is not, or a size over its largest bucket.
-        """
-        names = [field.name for field in dataclasses.fields(self)][:-1]
-        for name in most:
-            if name not in names:
-                raise UserError(f"{name!r} is no dimension; expected one of: {', '.join(names)}.")
-        lists = {name: getattr(self, name) for name in most}
-        cut = {
-            name: sizes[: sizes.index(self.fit(name, most[name])) + 1]
-            for name, sizes in lists.items()
-        }
-        return dataclasses.replace(self, **cut)
-
-    def fit(self, dimension: str, size: int) -> int:
-        """The smallest bucket of `dimension` that holds `size`.
-
-        Raises:
-            UserError: when even the largest does not.
-        """
-        sizes: tuple[int, ...] = getattr(self, dimension)
-        for bucket in sizes:
-            if bucket >= size:
-                return bucket
-        raise UserError(
-            f"The request needs {dimension}={size}, over the largest bucket {sizes[-1]}; pass "
-            f"buckets=Buckets({dimension}=(..., {size})) to allow it, at the price of one more "
-            "compilation."
-        )
+    tiling = config.tiling(VisualSize(config.tower.tile_size, config.tower.tile_size))
+    patches = method.fixed_count(tiling.num_patches) if config.one_tile else None
+    if patches is None:
+        return None
+    return patches + method.extra_tokens.number + tiling.num_tokens - tiling.num_patches
 
 
 def few_lengths(lengths: Sequence[int], distinct: int | None) -> tuple[int, ...]:
@@ -145,7 +62,7 @@ class Lengths(NamedTuple):
 class ImageShape(NamedTuple):
     """Room for the images of a batch: so many, of so many tiles and visual tokens each.
 
-    The visual tokens are those before pruning, CLS left out.
+    The visual tokens are those before pruning.
     """
 
     images: int
@@ -167,13 +84,13 @@ class Shapes:
     """
 
     buckets: Buckets
-    config: Any
-    method: Any
+    config: ModelConfig
+    method: VisionMethod | None
 
     def of_images(self, number: int, tiles: int) -> ImageShape:
         """Room for `number` images of up to `tiles` tiles."""
         images, tiles = self.buckets.fit("images", number), self.buckets.fit("image_tiles", tiles)
-        return ImageShape(images, tiles, self.config.most_tokens(tiles) - self.config.keep_cls)
+        return ImageShape(images, tiles, self.config.most_tokens(tiles))
 
     def visual_slots(self, images: int, batch: int, row_images: int) -> int:
         """Images that the visual tokens of a batch have room for.
@@ -196,19 +113,18 @@ class Shapes:
         return fewest <= batch * row_images
 
     def fixed_capacity(self, shape: ImageShape) -> int | None:
-        """Visual tokens behind the method of an image of one tile, if known in advance."""
-        if shape.tiles > 1 or self.method is None:
-            return shape.slots + self.config.keep_cls if shape.tiles == 1 else None
-        fixed = self.method.fixed_count(self.config.vision_config.num_patches)
-        return None if fixed is None else int(fixed) + self.config.keep_cls
+        """Visual tokens that are left of an image of one tile, if known in advance."""
+        if shape.tiles > 1:
+            return None
+        return shape.slots if self.method is None else tokens_left(self.config, self.method)
 
     def of_selection(self, shape: ImageShape, longest: int) -> int:
         """Slots of each image's visual tokens, of which the largest has `longest`."""
         return min(self.buckets.fit("visual", longest), self._most(shape))
 
     def _most(self, shape: ImageShape) -> int:
-        extra = shape.tiles if self.method is not None and self.method.merges else 0
-        return int(shape.slots + self.config.keep_cls + extra)
+        extra = 0 if self.method is None else shape.tiles * self.method.extra_tokens.number
+        return shape.slots + extra
 
     def of_rows(self, text: int, row_images: int, capacity: int, longest: int) -> Lengths:
         """Room for rows of up to `text` text and `longest` visual tokens.
@@ -241,7 +157,7 @@ class Shapes:
             return {fixed: fixed}
         # Without pruning an image of several tiles has more than those of its whole.
         tiled = self.method is None and not self.config.one_tile
-        least = self.config.vision_config.num_patches + 1 if tiled else 1
+        least = self.config.tower.tokens_per_tile + 1 if tiled else 1
         most = min(self._most(shape), self.buckets.visual[-1])
         numbers = range(most, least - 1, -1)
         return {self.of_selection(shape, n): n for n in numbers}
@@ -258,6 +174,3 @@ class Shapes:
         visual = [n for n in range(least, whole + 1) if n == whole or n <= largest] or [0]
         rooms = {self.of_rows(1, row_images, capacity, n).visual for n in visual}
         return [Lengths(text, room) for room in sorted(rooms) for text in self.buckets.text]
-
-
-DEFAULT_BUCKETS = Buckets()

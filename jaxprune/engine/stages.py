@@ -1,75 +1,103 @@
-"""The jitted stages of a request, each one program per shape; `run.py` puts them together.
+"""The jitted stages of a request, each one program per shape; `engine` puts them together.
 
 encode         pixels of tiles -> features and signals
 count, select  -> visual tokens that are left of each image
 embed          project, merge into the text embeddings
 prefill        all layers, dropping tokens -> first token, caches
 decode         a loop of single steps, caches donated
+record, score  a prompt with its answer through the decoder, for calibration
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
-import flax.struct
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxprune.engine.sampling import Sampling, next_token
-from jaxprune.methods import VisionMethod
-from jaxprune.models.registry import family
-from jaxprune.ops.cuts import Schedule
+from jaxprune.methods.base import VisionMethod
+from jaxprune.models.family import Arrays, Embedded, LayerCache, ModelConfig, Prefilled
+from jaxprune.models.registry import family_of
+from jaxprune.ops.cuts import Schedule, Tokens, is_last
 from jaxprune.ops.ranking import nonzero_first
-from jaxprune.ops.tiles import NO_PATCH, Chosen, Packing, by_tile, line_up, patches_of
-from jaxprune.ops.visual import Selection, VisionOutput
+from jaxprune.ops.tiles import (
+    CLS,
+    NO_EXTRA,
+    Chosen,
+    LinedUp,
+    Packing,
+    Questions,
+    by_tile,
+    line_up,
+    patches_of,
+)
+from jaxprune.ops.visual import Selection, Signal, VisionOutput
+
+# Static arguments of a jit, as in the signatures below.
+Config = ModelConfig
 
 
-class DecodeState(flax.struct.PyTreeNode):
-    """A batch in the middle of its answers.
+class DecodeState(NamedTuple):
+    """A batch in the middle of its answers; every row is where it is by itself.
 
     Attributes:
         token: int32 `[B]`, the last token, not yet fed to the decoder.
         positions: int32 `[B]`, where that token goes.
         caches: one a layer.
-        step: int32 `[]`, tokens generated so far.
+        step: int32 `[B]`, tokens generated so far.
         tokens: int32 `[B, M]`, the answers so far.
         lengths: int32 `[B]`, tokens of each answer, its end-of-sequence token left out.
         done: bool `[B]`.
     """
 
-    token: jax.Array
-    positions: jax.Array
-    caches: Any
-    step: jax.Array
-    tokens: jax.Array
-    lengths: jax.Array
-    done: jax.Array
+    token: Int[Array, " B"]
+    positions: Int[Array, " B"]
+    caches: tuple[LayerCache, ...]
+    step: Int[Array, " B"]
+    tokens: Int[Array, "B M"]
+    lengths: Int[Array, " B"]
+    done: Bool[Array, " B"]
 
 
 @functools.partial(jax.jit, static_argnames=("config", "signals"))
 def encode(
-    params: dict, pixels: jax.Array, *, config: Any, signals: frozenset[str]
+    params: Arrays,
+    pixels: Float[Array, "F H W 3"],
+    *,
+    config: Config,
+    signals: frozenset[Signal],
 ) -> VisionOutput:
-    """Pixels of tiles `[F, H, W, 3]` -> features and the signals asked for."""
-    return family(config).encode_image(params, config, pixels, signals)
+    """Pixels of tiles -> features and the signals asked for."""
+    return family_of(config).encode(params, config, pixels, signals)
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
+def embed_questions(params: Arrays, token_ids: Int[Array, "I Q"], *, config: Config) -> Questions:
+    """Questions in the decoder's embeddings; ids below 0 are padding."""
+    tokens = family_of(config).embed_text(params, config, jnp.maximum(token_ids, 0))
+    return Questions(tokens, token_ids >= 0)
+
+
+@jax.jit
 def count(
-    vision: VisionOutput, packing: Packing, *, config: Any, method: VisionMethod
-) -> jax.Array:
-    """How many visual tokens a method leaves of each image: int32 `[I]`."""
-    chosen, _ = _choose(_without_cls(vision, config)[1], packing, method)
-    left = line_up(chosen, packing, extra_tokens=method.merges, capacity=1)
-    return left.counts + config.keep_cls
+    vision: VisionOutput,
+    packing: Packing,
+    questions: Questions | None,
+    method: VisionMethod,
+) -> Int[Array, " I"]:
+    """How many visual tokens a method leaves of each image."""
+    chosen, _ = _choose(vision, packing, questions, method)
+    return line_up(chosen, packing, extra=method.extra_tokens, capacity=1).counts
 
 
-@functools.partial(jax.jit, static_argnames=("config", "capacity", "images"))
+@functools.partial(jax.jit, static_argnames=("capacity", "images"))
 def select(
     vision: VisionOutput,
     packing: Packing,
-    *,
-    config: Any,
+    questions: Questions | None,
     method: VisionMethod | None,
+    *,
     capacity: int,
     images: int,
 ) -> Selection:
@@ -78,98 +106,114 @@ def select(
     Args:
         vision: what the tower gives for the tiles.
         packing: how they make up the images.
-        config: the model's.
+        questions: what is asked about the images, for a method that reads it.
         method: what chooses and merges; None keeps everything.
-        capacity: slots for each image.
+        capacity: K, slots for each image.
         images: how many images the result has room for.
     """
-    cls, vision = _without_cls(vision, config)
-    chosen, inside = _choose(vision, packing, method)
-    merges = method is not None and method.merges
-    room = capacity - config.keep_cls
-    left = line_up(chosen, packing, extra_tokens=merges, capacity=room)
-    number, place = jnp.divmod(jnp.maximum(left.indices, 0), vision.features.shape[1])
-    number = jnp.where(left.extra < 0, number, left.extra)
-    own = jnp.arange(len(packing.tile))[:, None]
-    tile = jnp.maximum(packing.tile, 0)[own, number]  # [I, K]
-    if not merges:
-        tokens = vision.features[tile, place]
-    else:
-        assert method is not None
-        stays = by_tile(chosen.kept & inside, packing)  # [F, N]
-        tile_capacity = min(capacity, stays.shape[1])
-        merged, extra = method.merge_tokens(
-            vision, by_tile(chosen.kept, packing), nonzero_first(stays, tile_capacity)
-        )
-        which = (jnp.cumsum(stays, axis=-1) - 1)[tile, place]  # of the tile's kept patches
-        which = jnp.where(left.extra < 0, which, tile_capacity)
-        pool = jnp.concatenate([merged, extra[:, None]], axis=1)  # [F, tile_capacity + 1, C]
-        tokens = pool[tile, which].astype(vision.features.dtype)
-    counts, indices = left.counts, left.indices
-    if config.keep_cls:
-        first = cls[jnp.maximum(packing.tile[:, 0], 0)]
-        tokens, counts = jnp.concatenate([first, tokens], axis=1), counts + 1
-        indices = jnp.pad(indices, ((0, 0), (1, 0)), constant_values=NO_PATCH)
-    found = Selection(tokens, counts, indices)
-    return jax.tree.map(
-        lambda x: jnp.pad(x, [(0, images - len(x))] + [(0, 0)] * (x.ndim - 1)), found
+    chosen, inside = _choose(vision, packing, questions, method)
+    extra = NO_EXTRA if method is None else method.extra_tokens
+    left = line_up(chosen, packing, extra=extra, capacity=capacity)
+    tokens = _tokens(vision, packing, method, chosen, inside, left)
+    if vision.cls is not None:
+        own = jnp.arange(len(packing.tile))[:, None]
+        tile = jnp.asarray(packing.tile)[own, jnp.maximum(CLS - left.indices, 0)]
+        is_cls = (left.indices <= CLS)[..., None]
+        tokens = jnp.where(is_cls, vision.cls[jnp.maximum(tile, 0)], tokens)
+    found = Selection(tokens, left.counts, left.indices, _positions(left, packing, method))
+
+    def with_room(x: Array, axis: int) -> Array:
+        room = images - x.shape[axis]
+        return jnp.pad(x, [(0, room if i == axis else 0) for i in range(x.ndim)])
+
+    axis = found.positions.ndim - 2
+    return Selection(
+        with_room(found.tokens, 0),
+        with_room(found.counts, 0),
+        with_room(found.indices, 0),
+        with_room(found.positions, axis),
     )
 
 
 def _choose(
-    vision: VisionOutput, packing: Packing, method: VisionMethod | None
-) -> tuple[Chosen, jax.Array]:
-    """What is kept, and what is part of the picture: bool `[I, T, N]`."""
-    patches = patches_of(vision.signals, packing, vision.features.shape[1])
+    vision: VisionOutput,
+    packing: Packing,
+    questions: Questions | None,
+    method: VisionMethod | None,
+) -> tuple[Chosen, Bool[Array, "I T N"]]:
+    """What is kept, and what is part of the picture."""
+    patches = patches_of(vision.signals, packing, vision.features.shape[1], questions)
     inside = patches.place >= 0
     return (Chosen(inside) if method is None else method.choose(patches)), inside
 
 
-def _without_cls(vision: VisionOutput, config: Any) -> tuple[jax.Array, VisionOutput]:
-    """Under the "full" select strategy CLS is a feature like any other, but never pruned."""
-    first = int(config.keep_cls)
-    return vision.features[:, :first], vision.replace(features=vision.features[:, first:])
+def _tokens(
+    vision: VisionOutput,
+    packing: Packing,
+    method: VisionMethod | None,
+    chosen: Chosen,
+    inside: Bool[Array, "I T N"],
+    left: LinedUp,
+) -> Float[Array, "I K C"]:
+    """The features of what is left, merged where the method merges."""
+    number, place = jnp.divmod(jnp.maximum(left.indices, 0), vision.features.shape[1])
+    number = jnp.where(left.tile < 0, number, left.tile)
+    own = jnp.arange(len(packing.tile))[:, None]
+    tile = jnp.maximum(jnp.asarray(packing.tile)[own, number], 0)  # [I, K]
+    if method is None or not method.merges:
+        return vision.features[tile, place]
+    stays = by_tile(chosen.kept & inside, packing)  # [F, N]
+    room = min(left.indices.shape[1], stays.shape[1])
+    indices = nonzero_first(stays, room)
+    merged = method.merge_tokens(vision, by_tile(chosen.kept, packing), indices)
+    which = (jnp.cumsum(stays, axis=-1) - 1)[tile, place]  # of the tile's kept patches
+    which = jnp.where(left.extra < 0, which, room + left.extra)
+    pool = jnp.concatenate([merged.tokens, merged.extra], axis=1)  # [F, room + E, C]
+    return pool[tile, which].astype(vision.features.dtype)
+
+
+def _positions(
+    left: LinedUp, packing: Packing, method: VisionMethod | None
+) -> Int[Array, "*A I K"]:
+    """Positions of what is left, counted from the image's first one."""
+    positions = jnp.asarray(packing.positions)
+    if method is None or method.positions == "original":
+        own = jnp.arange(len(left.slots))[:, None]
+        return positions[..., own, left.slots]
+    place = jnp.arange(left.indices.shape[1], dtype=jnp.int32)
+    return jnp.broadcast_to(place, (*positions.shape[:-1], len(place)))
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
 def embed(
-    params: dict,
-    token_ids: jax.Array,
-    visual_index: jax.Array,
-    kind: jax.Array,
-    lengths: jax.Array,
-    selection: Selection | None,
-    *,
-    config: Any,
-) -> Any:
+    params: Arrays, layout: Embedded, selection: Selection | None, *, config: Config
+) -> Tokens:
     """Text and visual tokens of a layout as the decoder's input."""
     # A stage of its own: the number of images and of visual tokens ends here, so that the
     # decoder, which takes long to compile, is compiled for batch and sequence alone.
-    model = family(config)
-    visual = None if selection is None else model.visual_embeddings(params, config, selection)
-    return model.embed(params, config, token_ids, visual_index, kind, lengths, visual)
+    return family_of(config).embed(params, config, layout, selection)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "schedule", "new_slots", "greedy"))
 def prefill(
-    params: dict,
-    tokens: Any,
-    counts: jax.Array | None,
-    lengths: jax.Array,
-    rows: jax.Array,
+    params: Arrays,
+    tokens: Tokens,
+    counts: Int[Array, "L B"] | None,
+    next_position: Int[Array, " B"],
+    rows: Int[Array, ""],
     sampling: Sampling,
-    eos: jax.Array,
+    eos: Int[Array, " E"],
     *,
-    config: Any,
+    config: Config,
     schedule: Schedule,
     new_slots: int,
     greedy: bool,
-) -> tuple[DecodeState, jax.Array, Any]:
+) -> tuple[DecodeState, Float[Array, "B V"], tuple[tuple[Array, ...], ...]]:
     """The prompt through the decoder: the state after the first token, its logits, survivors.
 
     Rows from `rows` on only pad the batch and are done from the start.
     """
-    model = family(config)
+    model = family_of(config)
     prefilled = model.prefill(
         params, config, tokens, new_slots=new_slots, schedule=schedule, counts=counts
     )
@@ -178,56 +222,130 @@ def prefill(
     last = jnp.max(jnp.where(prefilled.tokens.valid, jnp.arange(slots), 0), axis=-1)
     hidden = jnp.take_along_axis(prefilled.tokens.x, last[:, None, None], axis=1)[:, 0]
     logits = model.logits(params, config, hidden)
+    nothing = jnp.zeros(batch, jnp.int32)
     state = DecodeState(
-        token=jnp.zeros(batch, jnp.int32),
-        positions=lengths - 1,
+        token=nothing,
+        positions=next_position - 1,
         caches=prefilled.caches,
-        step=jnp.zeros((), jnp.int32),
+        step=nothing,
         tokens=jnp.zeros((batch, new_slots), jnp.int32),
-        lengths=jnp.zeros(batch, jnp.int32),
+        lengths=nothing,
         done=jnp.arange(batch) >= rows,
     )
-    return _append(state, logits, sampling, eos, greedy=greedy), logits, prefilled.records
+    state = _append(state, ~state.done, logits, sampling, eos, greedy=greedy)
+    return state, logits, prefilled.records
 
 
 @functools.partial(jax.jit, static_argnames=("config", "greedy"), donate_argnames=("state",))
 def decode(
-    params: dict,
+    params: Arrays,
     state: DecodeState,
-    until: jax.Array,
+    until: Int[Array, " B"],
     sampling: Sampling,
-    eos: jax.Array,
+    eos: Int[Array, " E"],
     *,
-    config: Any,
+    config: Config,
     greedy: bool,
 ) -> DecodeState:
-    """Single steps until `until` tokens are there or every row is done."""
+    """Single steps until every row is done or has its `until` tokens."""
 
-    def unfinished(state: DecodeState) -> jax.Array:
-        return (state.step < until) & ~jnp.all(state.done)
+    def active(state: DecodeState) -> Bool[Array, " B"]:
+        return ~state.done & (state.step < until)
 
     def step(state: DecodeState) -> DecodeState:
-        logits, caches = family(config).decode(
-            params, config, state.token, state.positions, state.caches, state.step - 1
+        go = active(state)
+        logits, caches = family_of(config).decode(
+            params, config, state.token, state.positions, state.caches, state.step - 1, go
         )
-        return _append(state.replace(caches=caches), logits, sampling, eos, greedy=greedy)
+        state = state._replace(caches=caches)
+        return _append(state, go, logits, sampling, eos, greedy=greedy)
 
-    return jax.lax.while_loop(unfinished, step, state)
+    return jax.lax.while_loop(lambda state: jnp.any(active(state)), step, state)
 
 
 def _append(
-    state: DecodeState, logits: jax.Array, sampling: Sampling, eos: jax.Array, *, greedy: bool
+    state: DecodeState,
+    active: Bool[Array, " B"],
+    logits: Float[Array, "B V"],
+    sampling: Sampling,
+    eos: Int[Array, " E"],
+    *,
+    greedy: bool,
 ) -> DecodeState:
-    """Draw the next token of every row that is not done."""
-    token = next_token(logits, sampling, state.step, greedy=greedy)
-    done = state.done | jnp.any(token[:, None] == eos, axis=-1)
-    return state.replace(
+    """Draw the next token of every row that is active."""
+    drawn = next_token(logits, sampling, state.step, greedy=greedy)
+    token = jnp.where(active, drawn, state.token)
+    ended = active & jnp.any(drawn[:, None] == eos, axis=-1)
+    rows = jnp.arange(len(token))
+    # A row that rests writes nowhere: this slot is out of bounds.
+    at = jnp.where(active, state.step, state.tokens.shape[1])
+    return state._replace(
         token=token,
-        positions=state.positions + 1,
-        step=state.step + 1,
-        tokens=jax.lax.dynamic_update_slice_in_dim(
-            state.tokens, token[:, None], state.step, axis=1
-        ),
-        lengths=state.lengths + ~done,
-        done=done,
+        positions=state.positions + active,
+        step=state.step + active,
+        tokens=state.tokens.at[rows, at].set(token, mode="drop"),
+        lengths=state.lengths + (active & ~ended),
+        done=state.done | ended,
     )
+
+
+def _through(
+    params: Arrays,
+    layout: Embedded,
+    selection: Selection,
+    counts: Any,
+    config: Config,
+    schedule: Schedule,
+) -> Prefilled:
+    model = family_of(config)
+    tokens = model.embed(params, config, layout, selection)
+    return model.prefill(params, config, tokens, new_slots=0, schedule=schedule, counts=counts)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "schedule"))
+def record(
+    params: Arrays,
+    layout: Embedded,
+    selection: Selection,
+    counts: Any,
+    *,
+    config: Config,
+    schedule: Schedule,
+) -> tuple[tuple[Array, ...], ...]:
+    """A batch through the decoder, caches left out: what `schedule.record` noted."""
+    return _through(params, layout, selection, counts, config, schedule).records
+
+
+@functools.partial(jax.jit, static_argnames=("config", "schedule"))
+def score(
+    params: Arrays,
+    layout: Embedded,
+    selection: Selection,
+    counts: Any,
+    answers: Int[Array, "B A"],
+    *,
+    config: Config,
+    schedule: Schedule,
+) -> tuple[Float[Array, " B"], Bool[Array, " B"]]:
+    """Log-probability of each answer, and whether every token is the likeliest.
+
+    Args:
+        params: the model's.
+        layout: prompts with their answers.
+        selection: their unpruned visual tokens.
+        counts: of the schedule.
+        answers: int32, padded with -1.
+        config: the model's.
+        schedule: in mask mode.
+    """
+    found = _through(params, layout, selection, counts, config, schedule)
+    # Mask mode: slots stay where they are. The token at slot s predicts the one after it.
+    last = jnp.argmax(is_last(jnp.asarray(layout.kind)), axis=-1)[:, None]
+    slots = jnp.minimum(last + jnp.arange(answers.shape[1]), layout.kind.shape[1] - 1)
+    hidden = jnp.take_along_axis(found.tokens.x, slots[..., None], axis=1)
+    logits = family_of(config).logits(params, config, hidden)  # [B, A, V]
+    used = answers >= 0
+    labels = jnp.maximum(answers, 0)
+    logprob = jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], axis=-1)[..., 0]
+    right = jnp.all((logits.argmax(-1) == labels) | ~used, axis=-1)
+    return jnp.sum(logprob * used, axis=-1), right

@@ -4,31 +4,31 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from PIL import Image
 
 from jaxprune.errors import UserError
 from jaxprune.inputs.images import load_image
-from jaxprune.inputs.processor import (
-    IMAGE_PLACEHOLDER,
-    Processor,
-    as_messages,
-    message_text,
-    render,
-    tokenize,
-)
-from jaxprune.ops.cuts import ANSWER, CONTEXT, LAST, LAST_VISUAL, QUESTION, VISUAL
+from jaxprune.inputs.processor import Processor
+from jaxprune.inputs.prompts import as_messages, message_text, question_of, render, tokenize
+from jaxprune.models.family import IMAGE_PLACEHOLDER
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One prompt: the token ids between its images, which images those are, and a
-    teacher-forced answer where one is to be scored."""
+    """One prompt.
+
+    Attributes:
+        pieces: the token ids between its images.
+        images: which of the request's images those are.
+        answer: a teacher-forced answer where one is to be scored.
+        question: token ids of what the user asked last, the template's words left out.
+    """
 
     pieces: list[list[int]]
     images: list[int]
     answer: Sequence[int] = ()
+    question: Sequence[int] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +44,25 @@ class Request:
     rows: list[Row]
     images: list[Image.Image]
     single: bool
+
+    @property
+    def questions(self) -> list[Sequence[int]]:
+        """What is asked about each image, by the first row that has it."""
+        asked: dict[int, Sequence[int]] = {}
+        for row in self.rows:
+            for image in row.images:
+                asked.setdefault(image, row.question)
+        return [asked.get(image, ()) for image in range(len(self.images))]
+
+    def with_own_images(self) -> "Request":
+        """The same request, no image shared by two rows: for what is seen of it by the question."""
+        rows: list[Row] = []
+        images: list[Image.Image] = []
+        for row in self.rows:
+            own = [len(images) + n for n in range(len(row.images))]
+            images += [self.images[image] for image in row.images]
+            rows.append(dataclasses.replace(row, images=own))
+        return Request(rows, images, self.single)
 
 
 def make_request(
@@ -70,6 +89,7 @@ def make_request(
                 distinct[id(item)] = len(loaded)
                 loaded.append(load_image(item))
         number = len(row_images)
+        asked = question_of(text)
         if chat:
             text = render(processor, as_messages(text, number))
         elif not isinstance(text, str):
@@ -78,19 +98,26 @@ def make_request(
             raise UserError("The prompt is empty; ask something about the image.")
         pieces = tokenize(processor, text, number)
         said = () if answer is None else _answer_ids(processor, text, answer, pieces)
-        rows.append(Row(pieces, [distinct[id(item)] for item in row_images], said))
+        own = [distinct[id(item)] for item in row_images]
+        rows.append(Row(pieces, own, said, plain_ids(processor, asked)))
     return Request(rows, loaded, single)
 
 
+def plain_ids(processor: Processor, text: str) -> list[int]:
+    """Token ids of text alone."""
+    ids: list[int] = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
 def _answer_ids(processor: Processor, text: str, answer: str, pieces: list[list[int]]) -> list[int]:
-    """Token ids of an answer behind a prompt, which may split it otherwise than alone."""
+    """Token ids of an answer after a prompt, which may split it otherwise than alone."""
     space = "" if text[-1:].isspace() else " "
     *_, last = tokenize(processor, text + space + answer.strip(), len(pieces) - 1)
     known = pieces[-1]
     if last[: len(known)] == known:
         ids = last[len(known) :]
     else:  # its first letters join the prompt's last ones
-        ids = processor.tokenizer(space + answer.strip(), add_special_tokens=False)["input_ids"]
+        ids = plain_ids(processor, space + answer.strip())
     ends = processor.eos_token_ids
     own = processor.tokenizer.eos_token_id
     return [*ids, *([own] if own in ends else ends[:1])]
@@ -150,79 +177,3 @@ def _count_placeholders(prompt: Any) -> int:
     if isinstance(prompt, str):
         return prompt.count(IMAGE_PLACEHOLDER)
     return sum(message_text(message).count(IMAGE_PLACEHOLDER) for message in prompt)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """Where every token of a batch goes; numpy arrays, padded to a bucket.
-
-    Attributes:
-        token_ids: int32 `[B, S]`.
-        visual_index: int32 `[B, S]`: the slot's row in the batch's `[I * K]` visual
-            tokens, -1 for text.
-        kind: int32 `[B, S]`, what a token is to a schedule: see `ops.schedule`.
-        lengths: int32 `[B]`.
-    """
-
-    token_ids: np.ndarray
-    visual_index: np.ndarray
-    kind: np.ndarray
-    lengths: np.ndarray
-
-
-def row_lengths(rows: Sequence[Row], counts: np.ndarray) -> list[int]:
-    """Prompt tokens of each row with `counts[i]` visual tokens for image i."""
-    return [text_length(row) + visual_length(row, counts) for row in rows]
-
-
-def text_length(row: Row) -> int:
-    """Text tokens of a row, its answer included."""
-    return sum(map(len, row.pieces)) + len(row.answer)
-
-
-def visual_length(row: Row, counts: np.ndarray) -> int:
-    """Visual tokens of a row with `counts[i]` of them for image i."""
-    return sum(int(counts[i]) for i in row.images)
-
-
-def lay_out(
-    rows: Sequence[Row],
-    counts: np.ndarray,
-    capacity: int,
-    *,
-    batch: int,
-    sequence: int,
-    fixed: int = 0,
-) -> Layout:
-    """Text and visual tokens of every row in order, without gaps, padded on the right.
-
-    Args:
-        rows: the prompts.
-        counts: int `[I]`, visual tokens in use of each image.
-        capacity: slots that each image has in the visual tokens, K.
-        batch: rows to pad to; the padding rows are one token long.
-        sequence: slots to pad to.
-        fixed: visual tokens at the beginning of every image that are never pruned.
-    """
-    token_ids = np.zeros((batch, sequence), np.int32)
-    visual_index = np.full((batch, sequence), -1, np.int32)
-    kind = np.full((batch, sequence), CONTEXT, np.int32)
-    lengths = np.ones(batch, np.int32)
-    for b, row in enumerate(rows):
-        slot = 0
-        for i, piece in enumerate(row.pieces):
-            token_ids[b, slot : slot + len(piece)] = piece
-            if row.images and i == len(row.images):
-                kind[b, slot : slot + len(piece)] = QUESTION
-            slot += len(piece)
-            if i < len(row.images):
-                image, count = row.images[i], int(counts[row.images[i]])
-                visual_index[b, slot : slot + count] = image * capacity + np.arange(count)
-                kind[b, slot + fixed : slot + count] = VISUAL
-                slot += count
-        kind[b, slot - 1] = LAST if visual_index[b, slot - 1] < 0 else LAST_VISUAL
-        token_ids[b, slot : slot + len(row.answer)] = row.answer
-        kind[b, slot : slot + len(row.answer)] = ANSWER
-        lengths[b] = slot + len(row.answer)
-    return Layout(token_ids, visual_index, kind, lengths)

@@ -1,18 +1,64 @@
-"""What a pruning method is: hyperparameters in a frozen dataclass, and pure functions."""
+"""What a pruning method is: hyperparameters in a frozen dataclass, and pure functions.
+
+A class of a user's own, derived from one of these, works wherever a method that ships does;
+docs/extending.md has one of each side.
+"""
 
 import copy
 import dataclasses
 import functools
 import math
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
-from jaxprune.errors import UserError
-from jaxprune.ops.cuts import BETWEEN_LAYERS, Score
-from jaxprune.ops.tiles import Chosen, Patches
-from jaxprune.ops.visual import VisionOutput
+from jaxprune.errors import UserError, check_choice, is_whole
+from jaxprune.ops.cuts import (
+    BETWEEN_LAYERS,
+    ByAttention,
+    Depth,
+    LayerView,
+    Ranker,
+    Score,
+    keep_best,
+)
+from jaxprune.ops.tiles import Chosen, ExtraTokens, Patches
+from jaxprune.ops.visual import Signal, VisionOutput
+
+POSITIONS = ("renumber", "original")
+
+
+class Plan(NamedTuple):
+    """What a request does before the decoder and inside it; None does nothing."""
+
+    vision: "VisionMethod | None" = None
+    decoder: "DecoderMethod | None" = None
+
+    def plan(self) -> "Plan":
+        """A plan is a method itself."""
+        return self
+
+
+@runtime_checkable
+class Method(Protocol):
+    """Whatever says how to prune: a method of one side, or of both."""
+
+    def plan(self) -> Plan:
+        """What it does on each side."""
+
+
+class Merged(NamedTuple):
+    """What a method that merges makes of tiles.
+
+    Attributes:
+        tokens: `[F, K, C]`, the kept patches.
+        extra: `[F, E, C]`, the tile's extra tokens, those in front of the image first.
+    """
+
+    tokens: Float[Array, "F K C"]
+    extra: Float[Array, "F E C"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,60 +66,84 @@ class VisionMethod:
     """Shortens an image before the decoder sees it.
 
     A method is hashable data. Jitted stages take it as a tree whose leaves are the fields named
-    in `traced`: methods that differ in nothing else run the same program. `features` never
-    hold a CLS token here; with the "full" select strategy the caller takes it off and puts it
-    back.
+    in `traced`: methods that differ in nothing else run the same program. CLS tokens that are
+    features and newlines are not patches: a method never chooses them.
 
     Of an image of several tiles a method that decides by the image looks at every tile for
     itself; a fixed number of patches is counted over all tiles together, among the patches
     that the decoder would read.
+
+    Args:
+        positions: "renumber": kept tokens take the positions 0, 1, 2 ... of a shorter image;
+            "original": each keeps the one that it has in the whole image.
     """
 
+    positions: str = "renumber"
+
     name: ClassVar[str]
-    family: ClassVar[str] = "vision"
-    paper: ClassVar[str]
-    summary: ClassVar[str]
-    signals: ClassVar[frozenset[str]] = frozenset()
-    """What `encode_image` has to provide besides the features."""
+    side: ClassVar[str] = "vision"
+    paper: ClassVar[str] = ""
+    summary: ClassVar[str] = ""
+    signals: ClassVar[frozenset[Signal]] = frozenset()
+    """What the tower has to give besides the features."""
+    reads_question: ClassVar[bool] = False
+    """Whether `choose` looks at what is asked; every question then has its image pruned anew."""
     merges: ClassVar[bool] = False
-    """Whether kept tokens take the others in; every tile then gets one token more."""
+    """Whether `merge_tokens` makes other tokens of those that are kept."""
     traced: ClassVar[tuple[str, ...]] = ()
     """Fields, whole numbers below 2**32, that programs get as arguments, uint32 `[]`."""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
+        _describe_by_docstring(cls)
         jax.tree_util.register_pytree_node(cls, _traced_fields, _with_fields)
+
+    def __post_init__(self) -> None:
+        check_choice("positions", self.positions, POSITIONS)
+
+    def plan(self) -> Plan:
+        return Plan(vision=self)
+
+    @property
+    def extra_tokens(self) -> ExtraTokens:
+        """Tokens that every tile gets besides its kept patches, made by `merge_tokens`."""
+        return ExtraTokens()
 
     def check(self, num_patches: int) -> None:
         """Raise `UserError` when the method cannot run on images of `num_patches` patches."""
 
     def fixed_count(self, num_patches: int) -> int | None:
-        """How many tokens come out of an image of one tile; None where images differ."""
-        raise NotImplementedError
+        """How many patches stay of an image of so many; None where images differ."""
+        return None
 
     def choose(self, patches: Patches) -> Chosen:
         """Which patches stay."""
         raise NotImplementedError
 
     def merge_tokens(
-        self, vision: VisionOutput, kept: jax.Array, indices: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
+        self, tiles: VisionOutput, kept: Bool[Array, "F N"], indices: Int[Array, "F K"]
+    ) -> Merged:
         """Of a method that merges: what the kept patches become, tile by tile.
 
         Args:
-            vision: of F tiles.
-            kept: bool `[F, N]`.
-            indices: int32 `[F, K]`, the kept patches and, behind them, others.
-
-        Returns:
-            `[F, K, C]`, and one more token for each tile, `[F, C]`.
+            tiles: features and signals of F tiles.
+            kept: which patches stay.
+            indices: int32, the kept patches and, after them, others.
         """
         raise NotImplementedError
 
 
-def _traced_fields(method: VisionMethod) -> tuple[tuple[Any, ...], VisionMethod]:
+def _describe_by_docstring(cls: Any) -> None:
+    """A class without a name or summary of its own has those that its code says."""
+    if "name" not in vars(cls):
+        cls.name = cls.__name__
+    if "summary" not in vars(cls) and cls.__doc__:
+        cls.summary = cls.__doc__.strip().splitlines()[0].rstrip(".")
+
+
+def _traced_fields(method: VisionMethod) -> tuple[tuple[np.uint32, ...], VisionMethod]:
     leaves = tuple(np.uint32(getattr(method, name)) for name in method.traced)
-    return leaves, dataclasses.replace(method, **dict.fromkeys(method.traced, 0))
+    return leaves, dataclasses.replace(method, **dict.fromkeys(method.traced, 0))  # type: ignore[arg-type]
 
 
 def _with_fields(method: VisionMethod, leaves: tuple[Any, ...]) -> VisionMethod:
@@ -83,35 +153,62 @@ def _with_fields(method: VisionMethod, leaves: tuple[Any, ...]) -> VisionMethod:
     return method
 
 
-class Depth(NamedTuple):
-    """What a decoder-side method has to know of a model: its family and its layers."""
-
-    family: str
-    num_hidden_layers: int
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderMethod:
-    """Removes tokens at layers inside the decoder, by the attention that they receive.
+    """Removes tokens at layers inside the decoder, by what it sees of them there.
 
     The counts are computed on the host and traced; what the program depends on is the
-    score, the cut and the lengths that the layers get.
+    ranker, the cut and the lengths that the layers get. A method that ranks by the attention
+    that tokens receive names a `score`; any other one overrides `rank`, or `keep` where a mask
+    says more than a rank.
+
+    Args:
+        positions: "original": survivors keep their positions; "renumber": after each cut they
+            take 0, 1, 2 ..., so that a layer has positions of its own.
     """
 
+    positions: str = "original"
+
     name: ClassVar[str]
-    family: ClassVar[str] = "decoder"
-    paper: ClassVar[str]
-    summary: ClassVar[str]
+    side: ClassVar[str] = "decoder"
+    paper: ClassVar[str] = ""
+    summary: ClassVar[str] = ""
     cut: ClassVar[str] = BETWEEN_LAYERS
     prune_text: ClassVar[bool] = False
 
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        _describe_by_docstring(cls)
+
+    def __post_init__(self) -> None:
+        check_choice("positions", self.positions, POSITIONS)
+
+    def plan(self) -> Plan:
+        return Plan(decoder=self)
+
     @property
     def score(self) -> Score | None:
-        """How candidates are ranked; None where all of them go."""
+        """How candidates are ranked by attention; None where they are not."""
+        return None
+
+    @property
+    def ranker(self) -> Ranker:
+        """What decides at a cut: methods of equal rankers share programs."""
+        own = {"rank", "keep"} & {name for cls in _above(type(self)) for name in vars(cls)}
+        return self if own else ByAttention(self.score)
+
+    def rank(self, view: LayerView) -> Float[Array, "B S"]:
+        """How much each token is worth keeping."""
         raise NotImplementedError
 
+    def keep(
+        self, view: LayerView, candidates: Bool[Array, "B S"], count: Int[Array, " B"]
+    ) -> Bool[Array, "B S"]:
+        """Who stays, as for `ops.cuts.Ranker`: the `count` candidates that rank highest."""
+        return keep_best(self.rank(view), candidates, count)
+
     def removed(self, num_tokens: int, depth: Depth) -> np.ndarray:
-        """Tokens gone behind the cut of each layer, not falling: int `[L]`.
+        """Tokens gone after the cut of each layer, not falling: int `[L]`.
 
         Args:
             num_tokens: visual tokens of the row that enter the decoder.
@@ -123,6 +220,11 @@ class DecoderMethod:
         raise NotImplementedError
 
 
+def _above(cls: type) -> list[type]:
+    """A class and what it derives from, up to `DecoderMethod`."""
+    return [c for c in cls.__mro__ if issubclass(c, DecoderMethod) and c is not DecoderMethod]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KeepRates(DecoderMethod):
     """A decoder-side method given by the share of the visual tokens that each layer gets."""
@@ -132,7 +234,7 @@ class KeepRates(DecoderMethod):
         raise NotImplementedError
 
     def removed(self, num_tokens: int, depth: Depth) -> np.ndarray:
-        # What layer l + 1 gets is what is left behind layer l.
+        # What layer l + 1 gets is what is left after layer l.
         rates = np.array(self.rates(depth), np.float64)
         kept = np.floor(rates * num_tokens + 0.5).astype(np.int64)
         return num_tokens - np.append(kept[1:], kept[-1])
@@ -144,24 +246,15 @@ def removed_table(method: DecoderMethod, depth: Depth, most: int) -> np.ndarray:
     return np.stack([method.removed(n, depth) for n in range(most + 1)])
 
 
+def options_of(cls: type) -> dict[str, "dataclasses.Field[Any]"]:
+    """The hyperparameters of a method's class, its own before those that all have."""
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    return {field.name: field for field in sorted(fields, key=lambda f: f.name == "positions")}
+
+
 def round_half_up(x: float) -> int:
     """floor(x + 0.5): 0.5 becomes 1, 1.5 becomes 2."""
     return math.floor(x + 0.5)
-
-
-def check_share(name: str, value: object, *, zero: bool = False, one: bool = True) -> None:
-    """Raise `UserError` unless `value` is a share: a number from 0 (or above it) to 1."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if number and (0 < value < 1 or (zero and value == 0) or (one and value == 1)):  # type: ignore[operator]
-        return
-    low, high = "from 0" if zero else "above 0", "to 1" if one else "to below 1"
-    raise UserError(f"{name} is {value!r}; expected a share {low} {high}.")
-
-
-def check_layer(name: str, value: object, *, first: int = 1) -> None:
-    """Raise `UserError` unless `value` is a layer's number, `first` or more."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < first:
-        raise UserError(f"{name} is {value!r}; expected a layer's number, {first} or more.")
 
 
 def check_depth(name: str, layer: int, depth: Depth) -> None:
@@ -173,9 +266,9 @@ def check_depth(name: str, layer: int, depth: Depth) -> None:
         )
 
 
-def check_keep(keep: int | None) -> None:
+def check_keep(keep: object) -> None:
     """Raise `UserError` unless `keep` is None or a positive whole number."""
-    if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < 1):
+    if keep is not None and (not is_whole(keep) or keep < 1):
         raise UserError(f"keep is {keep!r}; expected a number of visual tokens, 1 or more.")
 
 

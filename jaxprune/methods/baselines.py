@@ -6,8 +6,9 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
 
-from jaxprune.engine.sampling import check_seed
+from jaxprune.errors import check_seed
 from jaxprune.methods.base import VisionMethod, check_keep, check_keep_fits
 from jaxprune.ops.ranking import descending_order, ranks
 from jaxprune.ops.tiles import Chosen, Patches
@@ -20,6 +21,7 @@ class FixedPlaces(VisionMethod):
     keep: int
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_keep(self.keep)
 
     def check(self, num_patches: int) -> None:
@@ -34,8 +36,8 @@ class FixedPlaces(VisionMethod):
         return Chosen((kept & (place >= 0)).reshape(patches.place.shape))
 
     @abc.abstractmethod
-    def places(self, place: jax.Array, number: jax.Array) -> jax.Array:
-        """Whether the patch at a place stays: int32 `[P]`, int32 `[]` -> bool `[P]`."""
+    def places(self, place: Int[Array, " P"], number: Int[Array, ""]) -> Bool[Array, " P"]:
+        """Whether the patch at a place stays, of an image with that number of patches."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,7 +55,7 @@ class RandomPlaces(FixedPlaces):
         super().__post_init__()
         check_seed(self.seed)
 
-    def places(self, place: jax.Array, number: jax.Array) -> jax.Array:
+    def places(self, place: Int[Array, " P"], number: Int[Array, ""]) -> Bool[Array, " P"]:
         # A draw for each place by itself, so that padding changes nothing; the smallest stay.
         key = jax.random.fold_in(jax.random.key(self.seed), number)
         draws = jax.vmap(lambda p: jax.random.uniform(jax.random.fold_in(key, p)))(place)
@@ -68,7 +70,7 @@ class UniformPlaces(FixedPlaces):
     paper: ClassVar[str] = "baseline"
     summary: ClassVar[str] = "keep evenly spaced patches"
 
-    def places(self, place: jax.Array, number: jax.Array) -> jax.Array:
+    def places(self, place: Int[Array, " P"], number: Int[Array, ""]) -> Bool[Array, " P"]:
         chosen = (2 * jnp.arange(self.keep) + 1) * number // (2 * self.keep)
         at_place = jnp.zeros(place.shape, bool).at[chosen].set(True)
         return at_place[jnp.maximum(place, 0)]

@@ -3,7 +3,7 @@
 Run time, in a layer l that deletes t_l > 0 tokens, with A = max over heads of its attention:
 
     self score     u_j = (1/n) sum of A[i, j] over the n visual tokens i
-    cross score    c_j = sum of A[t, j] over the text t behind the image
+    cross score    c_j = sum of A[t, j] over the text t after the image
     delete         the t_l visual tokens with the smallest u_j c_j, after the attention and
                    before its output projection and the MLP
 
@@ -14,7 +14,7 @@ The deletions t_0 ... t_{L-1} come from a recipe: a published one, by the share 
 tokens' FLOPs that it saves, or one made by `jaxprune calibrate`.
 
     scaling     A recipe is made for N0 visual tokens. For another number N "kept" scales what
-                is left behind each layer, round(N kept_l(N0) / N0); "authors" deletes
+                is left after each layer, round(N kept_l(N0) / N0); "authors" deletes
                 t_l N // N0, as the published code does. The published LLaVA-NeXT recipes,
                 whose images all differ, are scaled as they were there; others by "kept".
 
@@ -27,10 +27,10 @@ from typing import ClassVar
 
 import numpy as np
 
-from jaxprune.errors import UserError
+from jaxprune.errors import UserError, check_share
 from jaxprune.methods import recipes
-from jaxprune.methods.base import DecoderMethod, Depth, check_share
-from jaxprune.ops.cuts import AFTER_ATTENTION, Score
+from jaxprune.methods.base import DecoderMethod
+from jaxprune.ops.cuts import AFTER_ATTENTION, Depth, Score
 
 MOST_TOKENS = 1_000_000
 
@@ -58,6 +58,7 @@ class FitPrune(DecoderMethod):
     cut: ClassVar[str] = AFTER_ATTENTION
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if (self.save is None) == (self.deletions is None):
             raise UserError(
                 "fitprune needs either save, e.g. save=0.6, or deletions with num_tokens."
@@ -98,7 +99,7 @@ class FitPrune(DecoderMethod):
         """Deletions per layer, the number of visual tokens that they are for, and the scaling."""
         deletions, made_for, scaling = self.deletions, self.num_tokens, "kept"
         if deletions is None:
-            found = recipes.published("fitprune", depth.family, depth.num_hidden_layers, self.save)
+            found = recipes.published("fitprune", depth, self.save)
             deletions, made_for = found.options["deletions"], found.options["num_tokens"]
             scaling = found.options.get("scaling", scaling)
         if len(deletions) != depth.num_hidden_layers:

@@ -11,9 +11,9 @@ FastV and PyramidDrop rank by the attention of the prompt's last token, mean ove
 import dataclasses
 from typing import ClassVar
 
-from jaxprune.errors import UserError
-from jaxprune.methods.base import Depth, KeepRates, check_depth, check_layer, check_share
-from jaxprune.ops.cuts import Score
+from jaxprune.errors import UserError, check_layer, check_share, check_whole
+from jaxprune.methods.base import KeepRates, check_depth
+from jaxprune.ops.cuts import Depth, Score
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,6 +33,7 @@ class FastV(KeepRates):
     summary: ClassVar[str] = "keep a share of the visual tokens from layer 2 on"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_share("keep_rate", self.keep_rate, zero=True)
         check_layer("layer", self.layer)
 
@@ -64,9 +65,9 @@ class PyramidDrop(KeepRates):
     summary: ClassVar[str] = "halve the visual tokens at each quarter of the depth"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_share("keep_rate", self.keep_rate, zero=True)
-        if isinstance(self.stages, bool) or not isinstance(self.stages, int) or self.stages < 1:
-            raise UserError(f"stages is {self.stages!r}; expected a whole number, 1 or more.")
+        check_whole("stages", self.stages)
 
     @property
     def score(self) -> Score:
@@ -94,6 +95,7 @@ class VTW(KeepRates):
     summary: ClassVar[str] = "all visual tokens leave at half of the depth"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.layer is not None:
             check_layer("layer", self.layer)
 

@@ -10,7 +10,7 @@ in layer l - 1 stay; r_l never increases with l, and 0 is allowed.
     P-Sigmoid     r_l = 1 / (1 + exp(k (l - alpha))), 1 before `first_pruned_layer`. Given k,
                   alpha follows from the mean rate that is asked for.
 
-Score: the mean over heads and over the text behind the image; `queries="last"` takes the
+Score: the mean over heads and over the text after the image; `queries="last"` takes the
 prompt's last token alone, as FastV does. The paper leaves the queries open.
 """
 
@@ -20,18 +20,17 @@ import itertools
 import math
 from typing import Any, ClassVar
 
-from jaxprune.errors import UserError
+from jaxprune.errors import UserError, check_choice, check_layer, check_share, is_number
 from jaxprune.methods import recipes
-from jaxprune.methods.base import Depth, KeepRates, check_depth, check_layer, check_share
-from jaxprune.ops.cuts import Score
+from jaxprune.methods.base import KeepRates, check_depth
+from jaxprune.ops.cuts import Depth, Score
 
 STEEPEST = 50.0
 
 
 def check_queries(queries: str) -> None:
     """Raise `UserError` unless `queries` is "text" or "last"."""
-    if queries not in ("text", "last"):
-        raise UserError(f"queries is {queries!r}; expected 'text' or 'last'.")
+    check_choice("queries", queries, ("text", "last"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,6 +51,7 @@ class GSearch(KeepRates):
     summary: ClassVar[str] = "the lowest keep rates, layer by layer, that keep the accuracy"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_queries(self.queries)
         if self.keep_rates is None:
             return
@@ -65,7 +65,7 @@ class GSearch(KeepRates):
     def rates(self, depth: Depth) -> tuple[float, ...]:
         rates = self.keep_rates
         if rates is None:
-            found = recipes.published("gsearch", depth.family, depth.num_hidden_layers)
+            found = recipes.published("gsearch", depth)
             rates = tuple(found.options["keep_rates"])
         if len(rates) != depth.num_hidden_layers:
             raise UserError(
@@ -77,7 +77,7 @@ class GSearch(KeepRates):
 
 def check_rates(rates: Any) -> None:
     """Raise `UserError` unless `rates` start with 1, never increase and stay above 0."""
-    numbers = isinstance(rates, tuple | list) and all(isinstance(r, int | float) for r in rates)
+    numbers = isinstance(rates, tuple | list) and all(is_number(r) for r in rates)
     falling = numbers and all(a >= b for a, b in itertools.pairwise(rates))
     if not falling or not rates or rates[0] != 1 or not rates[-1] >= 0:
         raise UserError(
@@ -108,11 +108,12 @@ class PSigmoid(KeepRates):
     summary: ClassVar[str] = "keep rates that fall along a sigmoid, at a given mean"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_share("keep_rate", self.keep_rate, one=False)
         check_layer("first_pruned_layer", self.first_pruned_layer)
         check_queries(self.queries)
         k = self.k
-        if k is not None and (not isinstance(k, int | float) or not 0 < k <= STEEPEST):
+        if k is not None and (not is_number(k) or not 0 < k <= STEEPEST):
             raise UserError(f"k is {k!r}; expected a number above 0, at most {STEEPEST:g}.")
 
     @property
@@ -122,7 +123,7 @@ class PSigmoid(KeepRates):
     def rates(self, depth: Depth) -> tuple[float, ...]:
         k = self.k
         if k is None:
-            k = recipes.nearest_sigmoid(depth.family, depth.num_hidden_layers, self.keep_rate)
+            k = recipes.nearest_sigmoid(depth, self.keep_rate)
         first, L = self.first_pruned_layer, depth.num_hidden_layers
         check_depth("first_pruned_layer", first, depth)
         alpha = solve_alpha(self.keep_rate, k, first_pruned_layer=first, num_hidden_layers=L)

@@ -15,29 +15,25 @@ visual or text: never the beginning of sequence, what stands before the image, o
 token. Survivors keep their positions.
 
 Not published and therefore ours: c = 4, layer = 2, stage2 = 0.5, and rows = "text", which
-lets only the text behind the image ask; rows = "all" is the paper's literal wording.
+lets only the text after the image ask; rows = "all" is the paper's literal wording. The first
+stage renumbers positions and the second keeps them, unless `positions` says otherwise for both.
 """
 
 import dataclasses
 from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 
-from jaxprune.errors import UserError
-from jaxprune.methods.base import (
-    DecoderMethod,
-    Depth,
-    VisionMethod,
-    check_depth,
-    check_layer,
-    check_share,
-    round_half_up,
-)
-from jaxprune.ops.cuts import Score
+from jaxprune.errors import UserError, check_choice, check_layer, check_share, is_number
+from jaxprune.methods.base import DecoderMethod, Plan, VisionMethod, check_depth, round_half_up
+from jaxprune.ops.cuts import Depth, Score
 from jaxprune.ops.ranking import descending_order, ranks
 from jaxprune.ops.tiles import Chosen, Patches
+from jaxprune.ops.visual import Signal
+
+CLS_ATTENTION = Signal("cls_attention", heads="joined")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,7 +45,8 @@ class Iti:
         stage2: visual tokens that stage 2 removes, as a share of those that enter it.
         layer: the first layer without them.
         rows: "text" or "all": whose attention counts in stage 2.
-        prune_text: text behind the image may go in stage 2 too.
+        prune_text: text after the image may go in stage 2 too.
+        positions: "renumber" or "original" in both stages; None: each stage's own default.
     """
 
     c: float = 4.0
@@ -57,24 +54,26 @@ class Iti:
     layer: int = 2
     rows: str = "text"
     prune_text: bool = True
+    positions: str | None = None
 
     name: ClassVar[str] = "iti"
-    family: ClassVar[str] = "vision and decoder"
+    side: ClassVar[str] = "vision and decoder"
     paper: ClassVar[str] = "Image-text interaction pruning, arXiv 2409.01162"
     summary: ClassVar[str] = "cut the long tail of CLS attention, then what the text ignores"
 
     def __post_init__(self) -> None:
-        self.vision, self.decoder  # noqa: B018  both check their options
+        self.plan()  # both stages check their options
 
-    @property
-    def vision(self) -> "LongTail":
-        return LongTail(c=self.c)
-
-    @property
-    def decoder(self) -> "Interaction":
-        return Interaction(
-            share=self.stage2, layer=self.layer, rows=self.rows, prune_text=self.prune_text
+    def plan(self) -> Plan:
+        positions = {} if self.positions is None else {"positions": self.positions}
+        stage2 = Interaction(
+            share=self.stage2,
+            layer=self.layer,
+            rows=self.rows,
+            prune_text=self.prune_text,
+            **positions,
         )
+        return Plan(LongTail(c=self.c, **positions), stage2)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,23 +85,20 @@ class LongTail(VisionMethod):
     name: ClassVar[str] = "iti_stage1"
     paper: ClassVar[str] = Iti.paper
     summary: ClassVar[str] = "iti's first stage alone: cut the long tail of CLS attention"
-    signals: ClassVar[frozenset[str]] = frozenset({"cls_attention"})
+    signals: ClassVar[frozenset[Signal]] = frozenset({CLS_ATTENTION})
 
     def __post_init__(self) -> None:
-        c = self.c
-        if isinstance(c, bool) or not isinstance(c, int | float) or not 0 < c < float("inf"):
-            raise UserError(f"c is {c!r}; expected a number above 0.")
-
-    def fixed_count(self, num_patches: int) -> int | None:
-        return None
+        super().__post_init__()
+        if not is_number(self.c) or not self.c > 0:
+            raise UserError(f"c is {self.c!r}; expected a number above 0.")
 
     def choose(self, patches: Patches) -> Chosen:
-        s = patches.signals["cls_attention"]  # [I, T, N], every tile for itself
+        s = patches.signals[CLS_ATTENTION]  # [I, T, N], every tile for itself
         return Chosen(ranks(descending_order(s)) < tail_start(s, self.c)[..., None])
 
 
-def tail_start(s: jax.Array, c: float | jax.Array) -> jax.Array:
-    """i*, the number of tokens before the tail: float32 `[..., N]` -> int32 `[...]`."""
+def tail_start(s: Float[Array, "*tiles N"], c: float | Array) -> Int[Array, "*tiles"]:
+    """i*, the number of tokens before the tail."""
     N = s.shape[-1]
     d = -jnp.sort(-s.astype(jnp.float32), axis=-1)
     drop = d[..., :1] - d
@@ -120,17 +116,17 @@ class Interaction(DecoderMethod):
     share: float = 0.5
     layer: int = 2
     rows: str = "text"
-    prune_text: bool = True  # type: ignore[misc]
+    prune_text: bool = True  # type: ignore[misc]  # a constant of most methods, an option here
 
     name: ClassVar[str] = "iti_stage2"
     paper: ClassVar[str] = Iti.paper
     summary: ClassVar[str] = "iti's second stage alone: remove once what the text ignores"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_share("stage2", self.share, zero=True)
         check_layer("layer", self.layer)
-        if self.rows not in ("text", "all"):
-            raise UserError(f"rows is {self.rows!r}; expected 'text' or 'all'.")
+        check_choice("rows", self.rows, ("text", "all"))
         if not isinstance(self.prune_text, bool):
             raise UserError(f"prune_text is {self.prune_text!r}; expected True or False.")
 
@@ -140,5 +136,5 @@ class Interaction(DecoderMethod):
 
     def removed(self, num_tokens: int, depth: Depth) -> np.ndarray:
         check_depth("layer", self.layer, depth)
-        behind = np.arange(depth.num_hidden_layers) >= self.layer - 1
-        return behind * round_half_up(self.share * num_tokens)
+        after = np.arange(depth.num_hidden_layers) >= self.layer - 1
+        return after * round_half_up(self.share * num_tokens)

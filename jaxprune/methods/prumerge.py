@@ -33,16 +33,18 @@ min(32, N - 1). The published training path leaves PruMerge+'s repeats in.
 import dataclasses
 from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
-from jaxprune.errors import UserError
-from jaxprune.methods.base import VisionMethod, check_keep, check_keep_fits
+from jaxprune.errors import check_choice
+from jaxprune.methods.base import Merged, VisionMethod, check_keep, check_keep_fits
 from jaxprune.ops.merging import neighbour_weights, weighted_sum
 from jaxprune.ops.ranking import descending_order, gather_tokens, quartiles, ranks
-from jaxprune.ops.tiles import Chosen, Patches
-from jaxprune.ops.visual import VisionOutput
+from jaxprune.ops.tiles import Chosen, ExtraTokens, Patches
+from jaxprune.ops.visual import Signal, VisionOutput
 
+CLS_ATTENTION = Signal("cls_attention", heads="joined")
+KEYS = Signal("keys", heads="joined")
 NEIGHBOURS = 32
 _CHOICES = {"merge": ("authors", "weighted_mean"), "order": ("score", "raster")}
 
@@ -64,24 +66,27 @@ class PruMerge(VisionMethod):
     name: ClassVar[str] = "prumerge"
     paper: ClassVar[str] = "LLaVA-PruMerge, arXiv 2403.15388"
     summary: ClassVar[str] = "keep what the CLS token looks at, merge the rest into it"
-    signals: ClassVar[frozenset[str]] = frozenset({"cls_attention", "keys"})
+    signals: ClassVar[frozenset[Signal]] = frozenset({CLS_ATTENTION, KEYS})
     merges: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_keep(self.keep)
         for option, allowed in _CHOICES.items():
-            value = getattr(self, option)
-            if value not in allowed:
-                raise UserError(f"{option} is {value!r}; expected one of: {', '.join(allowed)}.")
+            check_choice(option, getattr(self, option), allowed)
+
+    @property
+    def extra_tokens(self) -> ExtraTokens:
+        return ExtraTokens(after=1)
 
     def check(self, num_patches: int) -> None:
         check_keep_fits(self.keep, num_patches)
 
     def fixed_count(self, num_patches: int) -> int | None:
-        return None if self.keep is None else self.keep + 1
+        return self.keep
 
     def choose(self, patches: Patches) -> Chosen:
-        s = patches.signals["cls_attention"]  # [I, T, N]
+        s = patches.signals[CLS_ATTENTION]  # [I, T, N]
         if self.keep is None:
             places = jnp.broadcast_to(jnp.arange(s.shape[-1]), s.shape)
             rank, number = self.rank(s, count_outliers(s), places)
@@ -95,14 +100,17 @@ class PruMerge(VisionMethod):
         return Chosen(rank < number[..., None], rank if by_score else None)
 
     def rank(
-        self, s: jax.Array, outliers: jax.Array | None, place: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        """The order in which patches are kept, `[..., N]`, and how many are, `[...]`.
+        self,
+        s: Float[Array, "*tiles N"],
+        outliers: Int[Array, "*tiles"] | None,
+        place: Int[Array, "*tiles N"],
+    ) -> tuple[Int[Array, "*tiles N"], Int[Array, "*tiles"]]:
+        """The order in which patches are kept, and how many are.
 
         Args:
-            s: float32 `[..., N]`.
-            outliers: int32 `[...]`; None keeps `keep` patches.
-            place: int32 `[..., N]`, 0 1 2 ... over the patches, -1 for what is none.
+            s: float32.
+            outliers: how many there are; None keeps `keep` patches.
+            place: 0 1 2 ... over the patches, -1 for what is none.
         """
         if outliers is None:
             assert self.keep is not None
@@ -110,10 +118,10 @@ class PruMerge(VisionMethod):
         return ranks(descending_order(s)), outliers
 
     def merge_tokens(
-        self, vision: VisionOutput, kept: jax.Array, indices: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        x = vision.features.astype(jnp.float32)  # [F, N, C]
-        s, keys = vision.signals["cls_attention"], vision.signals["keys"]  # [F, N], [F, N, C]
+        self, tiles: VisionOutput, kept: Bool[Array, "F N"], indices: Int[Array, "F K"]
+    ) -> Merged:
+        x = tiles.features.astype(jnp.float32)  # [F, N, C]
+        s, keys = tiles.signals[CLS_ATTENTION], tiles.signals[KEYS]  # [F, N], [F, N, C]
         weights = neighbour_weights(keys, s, indices, min(NEIGHBOURS, x.shape[1] - 1))
         merged = gather_tokens(x, indices)  # [F, K, C]
         if self.merge == "authors":
@@ -123,8 +131,7 @@ class PruMerge(VisionMethod):
             total = own + weights.sum(-1, keepdims=True)
             mean = (own * merged + weighted_sum(weights, x)) / jnp.where(total > 0, total, 1.0)
             merged = jnp.where(total > 0, mean, merged)  # no attention at all: nothing to merge
-        extra = weighted_sum(jnp.where(kept, 0.0, s)[:, None], x)[:, 0]
-        return merged, extra
+        return Merged(merged, weighted_sum(jnp.where(kept, 0.0, s)[:, None], x))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -135,8 +142,11 @@ class PruMergePlus(PruMerge):
     summary: ClassVar[str] = "PruMerge with evenly spaced patches added"
 
     def rank(
-        self, s: jax.Array, outliers: jax.Array | None, place: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
+        self,
+        s: Float[Array, "*tiles N"],
+        outliers: Int[Array, "*tiles"] | None,
+        place: Int[Array, "*tiles N"],
+    ) -> tuple[Int[Array, "*tiles N"], Int[Array, "*tiles"]]:
         N = s.shape[-1]
         rank = ranks(descending_order(s))
         if outliers is None:
@@ -155,8 +165,8 @@ class PruMergePlus(PruMerge):
             number = jnp.full(s.shape[:-1], self.keep, jnp.int32)
         return ranks(jnp.argsort(key, axis=-1)), number
 
-    def on_grid(self, place: jax.Array) -> jax.Array:
-        """The floor(keep / 2) patches of a regular grid: int32 `[I, P]` -> bool `[I, P]`."""
+    def on_grid(self, place: Int[Array, "I P"]) -> Bool[Array, "I P"]:
+        """The floor(keep / 2) patches of a regular grid."""
         assert self.keep is not None
         half = self.keep // 2
         patches = jnp.sum(place >= 0, axis=-1, keepdims=True)  # [I, 1]
@@ -166,8 +176,8 @@ class PruMergePlus(PruMerge):
         return jnp.take_along_axis(at_place, jnp.maximum(place, 0), axis=-1) & (place >= 0)
 
 
-def count_outliers(s: jax.Array) -> jax.Array:
-    """How many scores exceed Q3 + 1.5 (Q3 - Q1), at least 1: `[..., N]` -> int32 `[...]`."""
+def count_outliers(s: Float[Array, "*tiles N"]) -> Int[Array, "*tiles"]:
+    """How many scores exceed Q3 + 1.5 (Q3 - Q1), at least 1."""
     q1, q3 = quartiles(s)
     above = s > (q3 + 1.5 * (q3 - q1))[..., None]
     return jnp.maximum(1, above.sum(-1, dtype=jnp.int32))

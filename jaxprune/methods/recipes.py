@@ -4,10 +4,9 @@ A recipe holds a decoder-side method's options (for iti both stages'), the model
 for, what was asked and reached, and how they came about. `method="recipe.json"` uses one.
 
     {
-      "schema": 1,
+      "schema": 2,
       "method": "fitprune",
-      "model": {"family": "llava", "num_hidden_layers": 32, "num_image_tokens": 576,
-                "fingerprint": null},
+      "model": {"made_for": ["llava-1.5-7b"], "num_hidden_layers": 32, "num_image_tokens": 576},
       "cut": "after_attention",
       "score": {"queries": ["visual", "text"], "heads": "max", "later": false},
       "options": {"deletions": [14, 33, ...], "num_tokens": 576},
@@ -20,15 +19,15 @@ for, what was asked and reached, and how they came about. `method="recipe.json"`
 
 import dataclasses
 import functools
-import hashlib
 import json
 import pathlib
 from typing import Any
 
 from jaxprune.errors import UserError
-from jaxprune.files import is_file, read_json
+from jaxprune.files import is_file, read_json, whole_file
+from jaxprune.ops.cuts import Depth
 
-SCHEMA = 1
+SCHEMA = 2
 PUBLISHED = pathlib.Path(__file__).parents[1] / "assets" / "recipes"
 
 
@@ -38,9 +37,8 @@ class Recipe:
 
     Attributes:
         method: the name of the method.
-        model: "family", "num_hidden_layers", "num_image_tokens" and "fingerprint" (see
-            `fingerprint`; None for a published recipe, which fits every model of its
-            family and depth).
+        model: "made_for", the presets or fingerprints (see `models.registry`) of the models
+            that it is for, "num_hidden_layers" and "num_image_tokens".
         options: the method's hyperparameters.
         cut, score: the schedule's place and score, for the reader; checked against the method.
         asked, reached: e.g. {"save": 0.6} and what came out, in the fit and after flooring.
@@ -58,36 +56,29 @@ class Recipe:
     calibration: dict[str, Any] = dataclasses.field(default_factory=dict)
     source: str = ""
 
-    def check_model(self, config: Any, *, family: str, fractions: bool = False) -> None:
-        """Raise `UserError` unless the recipe is for the model of `config`.
+    def check_model(self, depth: Depth, *, fractions: bool = False) -> None:
+        """Raise `UserError` unless the recipe is for a model.
 
         Args:
-            config: the model's config.
-            family: its family's name.
+            depth: the model's.
             fractions: take it for another model of the same depth too, its counts as
                 fractions of the visual tokens.
         """
-        layers = config.text_config.num_hidden_layers
+        layers = depth.num_hidden_layers
         if layers != self.model["num_hidden_layers"]:
             raise UserError(
                 f"The {self.method} recipe is for {self.model['num_hidden_layers']} decoder "
                 f"layers, but the model has {layers}; make one with `jaxprune calibrate`."
             )
-        if fractions:
-            return
-        made_for = self.model.get("fingerprint")
-        same = made_for is None or made_for == fingerprint(config)
-        if self.model["family"] != family or not same:
+        if not fractions and not self.fits(depth):
             raise UserError(
                 f"The {self.method} recipe was made for another model than this one. Calibrate "
                 "it anew, or take it with fractions=True, as shares of the visual tokens."
             )
 
-
-def fingerprint(config: Any) -> str:
-    """12 hex digits of a model's architecture: the same for every dtype and weights."""
-    fields = json.dumps(config.to_hf(), sort_keys=True, default=str)
-    return hashlib.sha256(fields.encode()).hexdigest()[:12]
+    def fits(self, depth: Depth) -> bool:
+        """Whether the recipe was made for a model."""
+        return bool(depth.made_for & set(self.model["made_for"]))
 
 
 _FIELDS: dict[str, type | tuple[type, ...]] = {
@@ -102,10 +93,9 @@ _FIELDS: dict[str, type | tuple[type, ...]] = {
     "source": str,
 }
 _MODEL_FIELDS: dict[str, type | tuple[type, ...]] = {
-    "family": str,
+    "made_for": list,
     "num_hidden_layers": int,
     "num_image_tokens": int,
-    "fingerprint": (str, type(None)),
 }
 
 
@@ -119,7 +109,12 @@ def load_recipe(path: Any) -> Recipe:
     if not is_file(path):
         raise UserError(f"The recipe {str(path)[:300]} does not exist; expected a JSON file.")
     fields = read_json(path, repair="make it anew")
-    if fields.pop("schema", None) != SCHEMA:
+    schema = fields.pop("schema", None)
+    if schema == 1 and isinstance(fields.get("model"), dict):  # knew one fingerprint, or a family
+        old = fields["model"]
+        family, own = old.pop("family", None), old.pop("fingerprint", None)
+        old["made_for"] = [own] if own else {"llava": ["llava-1.5-7b"]}.get(family, [])
+    elif schema != SCHEMA:
         raise UserError(f"{path} is no recipe of schema {SCHEMA}; make it anew with this version.")
     _check_fields(fields, _FIELDS, str(path))
     _check_fields(fields["model"], _MODEL_FIELDS, f"{path}, model")
@@ -148,15 +143,9 @@ def save_recipe(recipe: Recipe, path: Any) -> None:
     Raises:
         UserError: when it cannot be written.
     """
-    target = pathlib.Path(path).expanduser()
-    partial = target.with_name(f".{target.name}.partial")
-    try:
-        partial.write_text(json.dumps({"schema": SCHEMA, **dataclasses.asdict(recipe)}, indent=1))
-        partial.replace(target)
-    except OSError as error:
-        raise UserError(f"Cannot write {target} ({error}).") from None
-    finally:
-        partial.unlink(missing_ok=True)
+    fields = {"schema": SCHEMA, **dataclasses.asdict(recipe)}
+    with whole_file(pathlib.Path(path).expanduser()) as file:
+        file.write_text(json.dumps(fields, indent=1))
 
 
 # ---- the published ones
@@ -168,15 +157,13 @@ def published_recipes(method: str) -> tuple[Recipe, ...]:
     return tuple(load_recipe(path) for path in sorted(PUBLISHED.glob(f"{method}-*.json")))
 
 
-def published(
-    method: str, family: str, num_hidden_layers: int, save: float | None = None
-) -> Recipe:
-    """The published recipe for a model family and depth, and for `save` where there are several.
+def published(method: str, depth: Depth, save: float | None = None) -> Recipe:
+    """The published recipe for a model, and for `save` where there are several.
 
     Raises:
         UserError: when there is none; it says what there is.
     """
-    fitting = _fitting(method, family, num_hidden_layers)
+    fitting = _fitting(method, depth)
     for recipe in fitting:
         if save is None or abs(recipe.asked["save"] - save) < 1e-9:
             return recipe
@@ -187,28 +174,24 @@ def published(
     )
 
 
-def nearest_sigmoid(family: str, num_hidden_layers: int, keep_rate: float) -> float:
+def nearest_sigmoid(depth: Depth, keep_rate: float) -> float:
     """The k of the published P-Sigmoid point whose keep rate is nearest.
 
     Raises:
-        UserError: when there is none for a model family and depth.
+        UserError: when there is none for a model.
     """
-    points = _fitting("psigmoid", family, num_hidden_layers)
+    points = _fitting("psigmoid", depth)
     nearest = min(points, key=lambda recipe: abs(recipe.options["keep_rate"] - keep_rate))
     k: float = nearest.options["k"]
     return k
 
 
-def _fitting(method: str, family: str, num_hidden_layers: int) -> list[Recipe]:
-    found = [
-        recipe
-        for recipe in published_recipes(method)
-        if recipe.model["num_hidden_layers"] == num_hidden_layers
-        and recipe.model["family"] == family
-    ]
+def _fitting(method: str, depth: Depth) -> list[Recipe]:
+    found = [recipe for recipe in published_recipes(method) if recipe.fits(depth)]
     if not found:
+        known = {name for recipe in published_recipes(method) for name in recipe.model["made_for"]}
         raise UserError(
-            f"No {method} recipe is published for a {family} model of {num_hidden_layers} "
-            "decoder layers; make one with `jaxprune calibrate`."
+            f"No {method} recipe is published for this model of {depth.num_hidden_layers} decoder "
+            f"layers, only for: {', '.join(sorted(known))}. Make one with `jaxprune calibrate`."
         )
     return found

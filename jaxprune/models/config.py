@@ -38,7 +38,9 @@ def refuse_unknown(fields: Mapping[str, Any], handled: set[str], where: str) -> 
         )
 
 
-def require(fields: Mapping[str, Any], name: str, allowed: tuple, where: str, default: Any) -> Any:
+def require(
+    fields: Mapping[str, Any], name: str, allowed: tuple[Any, ...], where: str, default: Any
+) -> Any:
     """The value of `fields[name]`, refused when it is none of `allowed`."""
     value = fields.get(name, default)
     if not isinstance(value, str | int | None) or value not in allowed:

@@ -1,33 +1,61 @@
-"""Model families by the `model_type` of their `config.json`."""
+"""The model families, and which one a config or a name is of."""
 
-from types import ModuleType
-from typing import Any
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Mapping
 
 from jaxprune.errors import UserError
 from jaxprune.models import llava, llava_next
+from jaxprune.models.family import Family, ModelConfig
+from jaxprune.ops.cuts import Depth
 
-FAMILIES: dict[str, ModuleType] = {"llava": llava, "llava_next": llava_next}
-"""Each module has the stage functions of `models/llava/modeling.py` and a config class."""
-
-CONFIGS: dict[str, Any] = {
-    "llava": llava.LlavaConfig,
-    "llava_next": llava_next.LlavaNextConfig,
+FAMILIES: Mapping[str, Family] = {
+    family.name: family
+    for family in (
+        llava.FAMILY,
+        llava_next.FAMILY,
+    )
 }
+"""By the `model_type` of their `config.json`."""
+
+PRESETS: Mapping[str, Callable[..., ModelConfig]] = {
+    name: make for family in FAMILIES.values() for name, make in family.presets.items()
+}
+"""Configs of published sizes by name, for counting costs without any weights."""
 
 
-def family(config: Any) -> ModuleType:
-    """The module whose functions run a model of this config."""
-    return FAMILIES[family_name(config)]
-
-
-def family_name(config: Any) -> str:
-    """The `model_type` of a config.
+def family_of(config: object) -> Family:
+    """The family of a model's config.
 
     Raises:
         UserError: for a config of no known family.
     """
-    for name, cls in CONFIGS.items():
-        if type(config) is cls:
-            return name
-    known = ", ".join(cls.__name__ for cls in CONFIGS.values())
+    for family in FAMILIES.values():
+        if type(config) is family.config:
+            return family
+    known = ", ".join(family.config.__name__ for family in FAMILIES.values())
     raise UserError(f"config is a {type(config).__name__}; expected one of: {known}.")
+
+
+def fingerprint(config: ModelConfig) -> str:
+    """12 hex digits of a model's architecture: the same for every dtype and weights."""
+    fields = json.dumps(config.to_hf(), sort_keys=True, default=str)
+    return hashlib.sha256(fields.encode()).hexdigest()[:12]
+
+
+def sizes(config: ModelConfig) -> tuple[object, ...]:
+    """What recipes for a published model ask of another one: the family and decoder's shape.
+
+    Not its vocabulary, token ids or dtype; and for another number of visual tokens recipes scale.
+    """
+    c = config.text_config
+    decoder = (c.hidden_size, c.intermediate_size, c.num_hidden_layers, c.num_attention_heads)
+    return (config.family, *decoder, c.num_key_value_heads, c.head_dim)
+
+
+@functools.lru_cache(maxsize=64)
+def depth_of(config: ModelConfig) -> Depth:
+    """What decoder-side methods have to know of a model: its layers, what recipes call it."""
+    presets = [name for name, make in PRESETS.items() if sizes(make()) == sizes(config)]
+    return Depth(config.text_config.num_hidden_layers, frozenset([fingerprint(config), *presets]))

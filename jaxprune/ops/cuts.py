@@ -1,7 +1,7 @@
 """Removing tokens at layers inside the decoder: the machinery of every decoder-side method.
 
-Layer by layer, a schedule ranks the candidates by the attention that they receive in that
-layer and keeps as many as a count says. It runs in two ways that give the same logits:
+Layer by layer, a schedule ranks the candidates by what it sees of that layer and keeps as many
+as a count says. It runs in two ways that give the same logits:
 
     gather  the sequence is really shortened, to a static length per layer: fast
     mask    shapes stay full and dropped tokens are masked: one compiled program
@@ -11,18 +11,21 @@ The counts are traced in both, so they never cause a compilation.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxprune.ops.attention import Watch
 from jaxprune.ops.ranking import descending_order, nonzero_first, ranks
 
+Tree = TypeVar("Tree")
+
 # What a token of the prompt is to a schedule.
-CONTEXT = 0  # text before or between images: never pruned, never asked
+CONTEXT = 0  # text before or between images, or a CLS token: never pruned, never asked
 VISUAL = 1
-QUESTION = 2  # text behind the last image, its last token apart
+QUESTION = 2  # text after the last image, its last token apart
 LAST = 3  # the prompt's last token: asked, never pruned
 ANSWER = 4  # a teacher-forced answer: never pruned, never asked
 LAST_VISUAL = 5  # the same as LAST, of a prompt that ends with an image
@@ -31,21 +34,103 @@ AFTER_ATTENTION = "after_attention"
 BETWEEN_LAYERS = "between_layers"
 
 
+class Depth(NamedTuple):
+    """What a decoder-side method has to know of a model.
+
+    Attributes:
+        num_hidden_layers: of its decoder.
+        made_for: the names by which recipes know it: presets of its sizes, its fingerprint.
+    """
+
+    num_hidden_layers: int
+    made_for: frozenset[str] = frozenset()
+
+
+class Tokens(NamedTuple):
+    """A padded batch of embedded tokens; slot order is causal order.
+
+    Attributes:
+        x: `[B, S, D]` hidden states.
+        positions: int32 `[B, S]`, or `[A, B, S]` where rotary positions have several axes;
+            carried along, never implied by the slot.
+        valid: bool `[B, S]`; a slot that is not valid is padding.
+        kind: int32 `[B, S]`, what a token is to a schedule.
+        slot: int32 `[B, S]`, where the token stood when it entered the decoder.
+    """
+
+    x: Float[Array, "B S D"]
+    positions: Int[Array, "*A B S"]
+    valid: Bool[Array, "B S"]
+    kind: Int[Array, "B S"]
+    slot: Int[Array, "B S"]
+
+
+class LayerView(NamedTuple):
+    """What a ranker sees of a layer; what it does not look at is not computed.
+
+    Attributes:
+        tokens: those that entered the layer's cut; `tokens.x` is what the cut is of.
+        received: float32 `[n, B, S]`, the attention that each token received, a row for each
+            of the queries that the score names; None without a score.
+        before: `[B, S, D]`, hidden states that entered the layer.
+        after: `[B, S, D]`, those that leave it; None for a cut after its attention.
+        q: `[B, H, S, d]`, the layer's queries, rotated.
+        k: `[B, J, S, d]`, its keys, rotated.
+        q_plain, k_plain: the same before rotation.
+    """
+
+    tokens: Tokens
+    received: Float[Array, "n B S"] | None
+    before: Float[Array, "B S D"]
+    after: Float[Array, "B S D"] | None
+    q: Float[Array, "B H S d"]
+    k: Float[Array, "B J S d"]
+    q_plain: Float[Array, "B H S d"]
+    k_plain: Float[Array, "B J S d"]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Score:
     """How candidates are ranked: by the product of the attention that they receive.
 
     Attributes:
         queries: whose attention counts, one factor each: "last" (the prompt's last token),
-            "text" (all text behind the last image), "visual", or "all".
+            "text" (all text after the last image), "visual", or "all".
         heads: "mean" or "max" over the heads.
         later: a token's own attention does not count, and its sum is divided by the number
-            of the queries behind it; without, sums are compared as they are.
+            of the queries after it; without, sums are compared as they are.
     """
 
     queries: tuple[str, ...]
     heads: str = "mean"
     later: bool = False
+
+
+class Ranker(Protocol):
+    """What decides at a cut who stays: hashable, a static argument."""
+
+    @property
+    def score(self) -> Score | None:
+        """The attention that its layers have to note down, if any."""
+
+    def keep(
+        self, view: LayerView, candidates: Bool[Array, "B S"], count: Int[Array, " B"]
+    ) -> Bool[Array, "B S"]:
+        """Which candidates stay, at most `count` of them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ByAttention:
+    """The candidates that receive the most attention; without a score, those that come first."""
+
+    score: Score | None = None
+
+    def keep(
+        self, view: LayerView, candidates: Bool[Array, "B S"], count: Int[Array, " B"]
+    ) -> Bool[Array, "B S"]:
+        received = view.received
+        score = jnp.zeros(candidates.shape) if received is None else jnp.prod(received, axis=0)
+        return keep_best(score, candidates, count)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,10 +140,11 @@ class Schedule:
     Attributes:
         layers: the layers that drop tokens.
         cut: "after_attention": between a layer's attention and its MLP;
-            "between_layers": behind its MLP.
-        score: how candidates are ranked; None ranks them by their place, earlier first.
-        prune_text: text behind the last image is a candidate too.
-        lengths: slots left behind each of the decoder's layers, which are gathered
+            "between_layers": after its MLP.
+        ranker: who stays.
+        prune_text: text after the last image is a candidate too.
+        renumber: survivors take the positions 0, 1, 2 ...; else they keep theirs.
+        lengths: slots left after each of the decoder's layers, which are gathered
             together; None masks the dropped tokens instead.
         query_slots: an upper bound of the text tokens of a row; what makes scores cheap
             that only text asks for.
@@ -66,63 +152,77 @@ class Schedule:
 
     layers: tuple[int, ...] = ()
     cut: str = BETWEEN_LAYERS
-    score: Score | None = None
+    ranker: Ranker = ByAttention()
     prune_text: bool = False
+    renumber: bool = False
     lengths: tuple[int, ...] | None = None
     query_slots: int | None = None
 
-    def watch(self, layer: int, tokens: Any) -> Watch | None:
+    def watch(self, layer: int, tokens: Tokens) -> Watch | None:
         """What layer `layer`'s attention has to note down, if anything."""
-        if layer not in self.layers or self.score is None:
+        score = self.ranker.score
+        if layer not in self.layers or score is None:
             return None
-        queries = [query_weights(name, tokens) for name in self.score.queries]
-        few = set(self.score.queries) <= {"last", "text"}
-        rows = 1 if self.score.queries == ("last",) else self.query_slots
+        queries = [query_weights(name, tokens) for name in score.queries]
+        few = set(score.queries) <= {"last", "text"}
+        rows = 1 if score.queries == ("last",) else self.query_slots
         return Watch(
             queries=jnp.stack(queries),
-            heads=self.score.heads,
-            later=self.score.later,
+            heads=score.heads,
+            later=score.later,
             rows=rows if few else None,
         )
 
     def apply(
-        self, cut: str, layer: int, tree: Any, received: jax.Array | None, counts: Any
-    ) -> Any:
-        """What is left behind the cut of layer `layer`, if it makes one at this place.
+        self,
+        cut: str,
+        layer: int,
+        tokens: Tokens,
+        others: Tree,
+        view: LayerView,
+        counts: Any,
+    ) -> tuple[Tokens, Tree]:
+        """What is left after the cut of layer `layer`, if it makes one at this place.
 
         Args:
             cut: the place that the decoder has come to.
             layer: the layer.
-            tree: a tuple of the tokens, with `valid` and `kind`, and whatever else there is
-                of each of them: arrays `[B, S, ...]`.
-            received: float32 `[n, B, S]`, what `watch` asked for.
-            counts: int32 `[L, B]`, candidates left behind each layer.
+            tokens: those that have come there.
+            others: whatever else there is of each of them: arrays `[B, S, ...]`.
+            view: what the ranker sees.
+            counts: int32 `[L, B]`, candidates left after each layer.
         """
         if cut != self.cut or layer not in self.layers:
-            return tree
-        tokens, *others = tree
-        score = jnp.zeros(tokens.valid.shape) if received is None else jnp.prod(received, axis=0)
-        kept = keep_best(score, candidates(tokens, prune_text=self.prune_text), counts[layer])
-        tokens = tokens.replace(valid=tokens.valid & kept)
-        if self.lengths is None or self.lengths[layer] >= tokens.valid.shape[1]:
-            return tokens, *others
-        return compact((tokens, *others), tokens.valid, self.lengths[layer])
+            return tokens, others
+        among = candidates(tokens, prune_text=self.prune_text)
+        kept = self.ranker.keep(view, among, counts[layer])
+        return self.cut_to(layer, tokens._replace(valid=tokens.valid & kept), others)
 
-    def record(self, tokens: Any, received: jax.Array | None) -> Any:
-        """What is noted down behind a layer that drops tokens: who is left.
+    def cut_to(self, layer: int, tokens: Tokens, others: Tree) -> tuple[Tokens, Tree]:
+        """The tokens that are still valid, in the layer's slots and at their positions."""
+        if self.renumber:
+            place = jnp.cumsum(tokens.valid, axis=1, dtype=jnp.int32) - 1
+            tokens = tokens._replace(positions=jnp.broadcast_to(place, tokens.positions.shape))
+        if self.lengths is None or self.lengths[layer] >= tokens.valid.shape[1]:
+            return tokens, others
+        slots = nonzero_first(tokens.valid, self.lengths[layer])
+        return take_slots(tokens, slots), jax.tree.map(lambda x: _take(x, slots), others)
+
+    def record(self, tokens: Tokens, view: LayerView) -> tuple[Array, ...]:
+        """What is noted down after a layer that drops tokens: who is left.
 
         Returns:
-            positions int32 `[B, S']` and valid bool `[B, S']`.
+            slots int32 `[B, S']` and valid bool `[B, S']`.
         """
-        del received
-        return tokens.positions, tokens.valid
+        del view
+        return tokens.slot, tokens.valid
 
 
 NO_CUTS = Schedule()
 
 
-def query_weights(name: str, tokens: Any) -> jax.Array:
-    """1 for the tokens that ask, 0 for the others: float32 `[B, S]`."""
+def query_weights(name: str, tokens: Tokens) -> Float[Array, "B S"]:
+    """1 for the tokens that ask, 0 for the others."""
     kind = tokens.kind
     asks = {
         "last": is_last(kind),
@@ -133,44 +233,57 @@ def query_weights(name: str, tokens: Any) -> jax.Array:
     return (asks & tokens.valid).astype(jnp.float32)
 
 
-def is_last(kind: jax.Array) -> jax.Array:
+def is_last(kind: Int[Array, "B S"]) -> Bool[Array, "B S"]:
     """Whether a token is its prompt's last."""
     return (kind == LAST) | (kind == LAST_VISUAL)
 
 
-def is_visual(kind: jax.Array) -> jax.Array:
+def is_visual(kind: Int[Array, "B S"]) -> Bool[Array, "B S"]:
     """Whether a token is visual, to be pruned or not."""
     return (kind == VISUAL) | (kind == LAST_VISUAL)
 
 
-def candidates(tokens: Any, *, prune_text: bool) -> jax.Array:
-    """The tokens that may be dropped: bool `[B, S]`."""
+def candidates(tokens: Tokens, *, prune_text: bool) -> Bool[Array, "B S"]:
+    """The tokens that may be dropped."""
     found = tokens.kind == VISUAL
     if prune_text:
         found |= tokens.kind == QUESTION
     return found & tokens.valid
 
 
-def keep_best(score: jax.Array, candidates: jax.Array, count: jax.Array) -> jax.Array:
+def keep_best(
+    score: Float[Array, "B S"], candidates: Bool[Array, "B S"], count: Int[Array, " B"]
+) -> Bool[Array, "B S"]:
     """All but the lowest-scoring candidates; ties keep the lower slot.
 
     Args:
-        score: float32 `[B, S]`.
-        candidates: bool `[B, S]`.
-        count: int32 `[B]`, candidates that stay.
+        score: float32.
+        candidates: those that may go.
+        count: candidates that stay.
 
     Returns:
-        bool `[B, S]`, True for everything that is no candidate.
+        True for everything that is no candidate.
     """
     rank = ranks(descending_order(jnp.where(candidates, score, -jnp.inf)))
     return ~candidates | (rank < count[:, None])
 
 
-def compact(tree: Any, valid: jax.Array, length: int) -> Any:
-    """Valid slots of a pytree of `[B, S, ...]` to the front, in order, in `length` slots."""
-    slots = nonzero_first(valid, length)
+def keep_masked(
+    mask: Bool[Array, "B S"], candidates: Bool[Array, "B S"], count: Int[Array, " B"]
+) -> Bool[Array, "B S"]:
+    """The candidates that a mask keeps; of more than `count`, the first."""
+    kept = mask & candidates
+    return ~candidates | (kept & (jnp.cumsum(kept, axis=1) <= count[:, None]))
 
-    def gather(x: jax.Array) -> jax.Array:
-        return jnp.take_along_axis(x, slots.reshape(*slots.shape, *(1,) * (x.ndim - 2)), axis=1)
 
-    return jax.tree.map(gather, tree)
+def take_slots(tokens: Tokens, slots: Int[Array, "B K"]) -> Tokens:
+    """The tokens of some slots, in their order."""
+    x, positions, valid, kind, slot = tokens
+    along = jnp.broadcast_to(slots, (*positions.shape[:-1], slots.shape[1]))
+    positions = jnp.take_along_axis(positions, along, axis=-1)
+    return Tokens(_take(x, slots), positions, *(_take(y, slots) for y in (valid, kind, slot)))
+
+
+def _take(x: Array, slots: Int[Array, "B K"]) -> Array:
+    """`[B, S, ...]` at `[B, K]` -> `[B, K, ...]`."""
+    return jnp.take_along_axis(x, slots.reshape(*slots.shape, *(1,) * (x.ndim - 2)), axis=1)

@@ -4,28 +4,33 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxprune.ops.axes import AnyArray
 
 
-def descending_order(scores: jax.Array) -> jax.Array:
-    """Indices from the largest score to the smallest: `[..., N]` -> int32 `[..., N]`."""
+def descending_order(scores: Float[AnyArray, "*axes N"]) -> Int[Array, "*axes N"]:
+    """Indices from the largest score to the smallest, int32."""
     return jax.lax.top_k(scores, scores.shape[-1])[1]
 
 
-def ranks(order: jax.Array) -> jax.Array:
-    """The place of every index in an order: the inverse permutation, int32 `[..., N]`."""
+def ranks(order: Int[AnyArray, "*axes N"]) -> Int[Array, "*axes N"]:
+    """The place of every index in an order: the inverse permutation, int32."""
     return jnp.argsort(order, axis=-1).astype(jnp.int32)
 
 
-def nonzero_first(mask: jax.Array, size: int) -> jax.Array:
-    """Where a mask is True, ascending, then where it is not: bool `[..., N]` -> `[..., size]`."""
+def nonzero_first(mask: Bool[AnyArray, "*axes N"], size: int) -> Int[Array, "*axes {size}"]:
+    """Indices where a mask is True, ascending, then those where it is not: the first `size`."""
     return descending_order(mask.astype(jnp.float32))[..., :size]  # ties keep their order
 
 
-def quartiles(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """First and third quartile by linear interpolation, float32 `[..., N]` -> two `[...]`."""
+def quartiles(
+    scores: Float[AnyArray, "*axes N"],
+) -> tuple[Float[Array, "*axes"], Float[Array, "*axes"]]:
+    """First and third quartile by linear interpolation, float32."""
     ordered = jnp.sort(scores.astype(jnp.float32), axis=-1)
 
-    def at(share: float) -> jax.Array:
+    def at(share: float) -> Float[Array, "..."]:
         place = share * (scores.shape[-1] - 1)
         low, high = math.floor(place), math.ceil(place)
         a, b = ordered[..., low], ordered[..., high]
@@ -36,6 +41,8 @@ def quartiles(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
     return at(0.25), at(0.75)
 
 
-def gather_tokens(x: jax.Array, indices: jax.Array) -> jax.Array:
-    """Rows of `x` `[I, N, C]` at `indices` `[I, K]` -> `[I, K, C]`; out of range gives NaN."""
+def gather_tokens(
+    x: Float[AnyArray, "F N C"], indices: Int[AnyArray, "F K"]
+) -> Float[Array, "F K C"]:
+    """The patches of `x` at `indices`; an index out of range gives NaN."""
     return jnp.take_along_axis(x, indices[..., None], axis=1)

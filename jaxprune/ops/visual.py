@@ -1,35 +1,87 @@
 """What travels between a vision tower, a vision-side pruning method and the decoder."""
 
-import flax.struct
-import jax
+import dataclasses
+from typing import NamedTuple
+
+from jaxtyping import Array, Float, Int
+
+from jaxprune.errors import UserError
+
+KINDS: dict[str, tuple[str, ...]] = {
+    "cls_attention": ("mean", "joined"),
+    "received_attention": ("mean",),
+    "keys": ("mean", "joined"),
+    "hidden_states": ("mean",),
+    "features": ("mean",),
+    "projected": ("mean",),
+}
 
 
-class VisionOutput(flax.struct.PyTreeNode):
-    """Features of tiles, and those signals for pruning that were asked for.
+@dataclasses.dataclass(frozen=True, order=True)
+class Signal:
+    """Something that a vision tower can give beside its features, for a method to go by.
 
-    Attributes:
-        features: `[F, N, C]`; CLS in front if the select strategy is "full".
-        signals: by name,
-            "cls_attention": float32 `[F, N]`, one head over the full width,
-            softmax(q_cls k^T / sqrt(C)) over CLS and patches, the CLS entry dropped;
-            "cls_attention_mean": float32 `[F, N]`, the same from CLIP's own heads, averaged;
-            "keys": `[F, N, C]`, the last layer's keys of the patches.
+    With F tiles of N visual tokens each:
+
+        cls_attention       float32 `[F, N]`: attention of the CLS query, softmaxed over CLS and
+                            patches, the CLS entry dropped
+        received_attention  float32 `[F, N]`: attention that a patch receives, the mean over all
+                            queries; what stands in where a tower has no CLS token
+        keys                `[F, N, d]` or `[F, N, C]`
+        hidden_states       `[F, N, C]`, a layer's output
+        features            `[F, N, C]`, what the projector reads
+        projected           `[F, N, D]`, what the projector makes of it
+
+    Args:
+        kind: one of these names.
+        layer: the tower's layer, from 0, or from the end: -1 is the last one. "features" and
+            "projected" do not ask for it.
+        heads: "mean" over the heads, or "joined": the heads' widths as one.
+
+    Raises:
+        UserError: for a kind that there is not.
     """
 
-    features: jax.Array
-    signals: dict[str, jax.Array]
+    kind: str
+    layer: int = -1
+    heads: str = "mean"
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS or self.heads not in KINDS[self.kind]:
+            known = ", ".join(f"{kind} ({' or '.join(heads)})" for kind, heads in KINDS.items())
+            raise UserError(
+                f"There is no signal {self.kind!r} with heads={self.heads!r}; expected one of, "
+                f"with their heads: {known}."
+            )
 
 
-class Selection(flax.struct.PyTreeNode):
+class VisionOutput(NamedTuple):
+    """Features of tiles, and the signals that were asked for.
+
+    Attributes:
+        features: `[F, N, C]`, a tile's visual tokens.
+        cls: `[F, C]`, the CLS token where it is a feature like any other, or None.
+        signals: see `Signal`.
+    """
+
+    features: Float[Array, "F N C"]
+    cls: Float[Array, "F C"] | None
+    signals: dict[Signal, Array]
+
+
+class Selection(NamedTuple):
     """The visual tokens that are left, in the order in which the decoder reads them.
 
     Attributes:
         tokens: `[I, K, C]`, those in use first. What stands at a newline does not matter.
         counts: int32 `[I]`, tokens in use.
-        indices: int32 `[I, K]`, the patch a token stands at (see `ops.tiles`), `NEWLINE`, or
-            `NO_PATCH` for a token of no single patch and for slots not in use.
+        indices: int32 `[I, K]`, the patch that a token stands at, or what else it is: see
+            `ops.tiles`.
+        positions: int32 `[I, K]`, or `[A, I, K]` where positions have several axes, counted
+            from the image's first one.
     """
 
-    tokens: jax.Array
-    counts: jax.Array
-    indices: jax.Array
+    tokens: Float[Array, "I K C"]
+    counts: Int[Array, " I"]
+    indices: Int[Array, "I K"]
+    positions: Int[Array, "*A I K"]

@@ -10,19 +10,20 @@ import datetime
 import platform
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.devices.compilation import Compilations
-from jaxprune.engine.cost import encode_macs
-from jaxprune.engine.footprint import peak_bytes
-from jaxprune.engine.shapes import DEFAULT_BUCKETS, Buckets
+from jaxprune.devices.memory import peak_bytes
+from jaxprune.engine.answer import Answer
+from jaxprune.engine.buckets import DEFAULT_BUCKETS, Buckets
 from jaxprune.errors import UserError
 from jaxprune.generate import generate
 from jaxprune.inputs.images import load_image
+from jaxprune.inputs.pixels import size_of
 from jaxprune.model import Params
 from jaxprune.progress import track
 from jaxprune.version import __version__
@@ -79,17 +80,19 @@ def ceilings(repeats: int = 5) -> dict[str, float]:
     return found
 
 
-def _fastest(function: Callable[..., Any], arguments: tuple, repeats: int) -> float:
-    jax.block_until_ready(function(*arguments))
+def _fastest(
+    function: Callable[..., jax.Array], arguments: tuple[jax.Array, ...], repeats: int
+) -> float:
+    function(*arguments).block_until_ready()
     times = []
     for _ in range(repeats):
         began = time.perf_counter()
-        jax.block_until_ready(function(*arguments))
+        function(*arguments).block_until_ready()
         times.append(time.perf_counter() - began)
     return min(times)
 
 
-def describe_machine() -> dict[str, Any]:
+def describe_machine() -> dict[str, str]:
     """Date, device and versions, for a table's caption."""
     device = jax.devices()[0]
     return {
@@ -132,69 +135,118 @@ def bench(
     """
     if new_tokens < 2 or rounds < 1 or not methods:
         raise UserError("A benchmark needs a method, a round, and 2 new tokens or more.")
-    assert params.processor is not None
-    endless = dataclasses.replace(params.processor, eos_token_ids=())
-    model = Params(params.arrays, params.config, endless)
+    model, prompts = _never_ending(params), [prompt] * len(images)
 
-    def answer(fields: dict[str, Any]) -> list[Any]:
-        found: list[Any] = generate(
+    def request(fields: dict[str, Any]) -> list[Answer]:
+        answers: list[Answer] = generate(
             model,
             list(images),
-            [prompt] * len(images),
+            prompts,
             max_new_tokens=new_tokens,
             return_details=True,
             buckets=buckets,
             **fields,
         )
-        return found
+        return answers
 
-    first: dict[str, tuple[list[Any], float, int]] = {}
-    times: dict[str, list[dict[str, float]]] = {label: [] for label, _ in methods}
+    turns = _take_turns(request, methods, rounds, show_progress=show_progress)
+    limits = ceilings()
+    size = _size_of(params, images)
+    rows: list[Measured] = []
+    for label, taken in zip([label for label, _ in methods], turns, strict=True):
+        rows.append(_measured(label, taken, size, limits, base=rows[0] if rows else None))
+    return rows, limits
+
+
+def _never_ending(params: Params) -> Params:
+    """The same model, whose answers no token ends."""
+    assert params.processor is not None
+    endless = dataclasses.replace(params.processor, eos_token_ids=())
+    return Params(params.arrays, params.config, endless)
+
+
+@dataclasses.dataclass
+class _Turns:
+    """A method's turns: the answers and costs of the first, the times of all others."""
+
+    answers: list[Answer]
+    compile_seconds: float
+    peak_bytes: int
+    seconds: list[dict[str, float]] = dataclasses.field(default_factory=list)
+
+    def series(self) -> dict[str, list[float]]:
+        """Seconds by stage, one for each round."""
+        return {stage: [turn[stage] for turn in self.seconds] for stage in self.seconds[0]}
+
+
+def _take_turns(
+    request: Callable[[dict[str, Any]], list[Answer]],
+    methods: Sequence[tuple[str, dict[str, Any]]],
+    rounds: int,
+    *,
+    show_progress: bool | None,
+) -> list[_Turns]:
+    """Every method once a round, one after the other; the first round compiles."""
+    taken: list[_Turns] = []
     total = (rounds + 1) * len(methods)
-    bar = track(range(total), "Measuring", total, show=show_progress)
-    for number, (label, fields) in zip(bar, [*methods] * (rounds + 1), strict=True):
+    for number in track(range(total), "Measuring", total, show=show_progress):
         made = Compilations()
         began = time.perf_counter()
-        found = answer(fields)
+        answers = request(methods[number % len(methods)][1])
         spent = time.perf_counter() - began
         if number < len(methods):
-            first[label] = (found, made.seconds, peak_bytes())
-            continue
-        seconds = {stage: found[0].seconds.get(stage, 0.0) for stage in STAGES}
-        seconds["decode"] /= max(1, len(found[0].token_ids) - 1)
-        seconds["first"] = sum(seconds[stage] for stage in ("encode", "select", "prefill"))
-        times[label].append({**seconds, "all": spent})
+            taken.append(_Turns(answers, made.seconds, peak_bytes()))
+        else:
+            taken[number % len(methods)].seconds.append(_stage_seconds(answers[0], spent))
+    return taken
 
-    limit = ceilings()
-    kind = model.config.text_config.dtype
-    most = limit["float32_macs" if kind == "float32" else "bfloat16_macs"]
+
+def _stage_seconds(answer: Answer, spent: float) -> dict[str, float]:
+    seconds = {stage: answer.seconds.get(stage, 0.0) for stage in STAGES}
+    seconds["decode"] /= max(1, len(answer.token_ids) - 1)
+    first = sum(seconds[stage] for stage in ("encode", "select", "prefill"))
+    return {**seconds, "first": first, "all": spent}
+
+
+class _Size(NamedTuple):
+    """What the hardware has to do for a batch, whatever the method."""
+
+    tower_macs: int
+    weight_bytes: int
+    dtype: str
+
+
+def _size_of(params: Params, images: Sequence[Any]) -> _Size:
+    # An image that several rows share is encoded once.
     loaded = [load_image(image) for image in {id(image): image for image in images}.values()]
-    weights = decoder_bytes(model)
-    rows: list[Measured] = []
-    for label, _ in methods:
-        answers, compiling, peak = first[label]
-        series = {name: [t[name] for t in times[label]] for name in times[label][0]}
-        medians = {name: float(np.median(x)) for name, x in series.items()}
-        base = rows[0].seconds if rows else medians
-        executed = answers[0].cost.executed
-        tiles = sum(model.config.tiling(i.height, i.width).tiles for i in loaded)
-        macs = encode_macs(model.config, tiles) + len(answers) * executed["macs"]
-        work = macs / medians["first"]
-        read = (weights + len(answers) * executed["cache_bytes"]) / medians["decode"]
-        rows.append(
-            Measured(
-                method=label,
-                visual_tokens=float(np.mean([n for a in answers for n in a.visual_tokens])),
-                seconds=medians,
-                spread={n: (max(x) - min(x)) / max(medians[n], 1e-9) for n, x in series.items()},
-                speedup={n: base[n] / medians[n] for n in ("first", "decode", "all")},
-                prefill_of_ceiling=work / most,
-                decode_of_ceiling=read / limit["bytes"],
-                compile_seconds=compiling,
-                peak_bytes=peak,
-            )
-        )
-    return rows, limit
+    tiles = sum(params.config.tiling(size_of(image)).tiles for image in loaded)
+    macs = params.config.tower.macs(tiles)
+    return _Size(macs, decoder_bytes(params), params.config.text_config.dtype)
+
+
+def _measured(
+    label: str, turns: _Turns, size: _Size, limits: dict[str, float], base: Measured | None
+) -> Measured:
+    """A method's figures; `base` is the row that it is compared with, None for itself."""
+    answers, series = turns.answers, turns.series()
+    medians = {stage: float(np.median(x)) for stage, x in series.items()}
+    before = medians if base is None else base.seconds
+    executed = answers[0].cost.executed
+    assert executed is not None  # these answers come from requests that ran
+    macs = size.tower_macs + len(answers) * executed["macs"]
+    read = size.weight_bytes + len(answers) * executed["cache_bytes"]
+    most = limits["float32_macs" if size.dtype == "float32" else "bfloat16_macs"]
+    return Measured(
+        method=label,
+        visual_tokens=float(np.mean([n for a in answers for n in a.visual_tokens])),
+        seconds=medians,
+        spread={n: (max(x) - min(x)) / max(medians[n], 1e-9) for n, x in series.items()},
+        speedup={n: before[n] / medians[n] for n in ("first", "decode", "all")},
+        prefill_of_ceiling=macs / medians["first"] / most,
+        decode_of_ceiling=read / medians["decode"] / limits["bytes"],
+        compile_seconds=turns.compile_seconds,
+        peak_bytes=turns.peak_bytes,
+    )
 
 
 def decoder_bytes(params: Params) -> int:

@@ -1,19 +1,22 @@
-"""Pictures of what pruning leaves."""
+"""Pictures of the patches that pruning keeps."""
 
 import dataclasses
+import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from jaxprune.engine.answer import Answer
 from jaxprune.errors import UserError
 from jaxprune.generate import generate
 from jaxprune.inputs.images import load_image
-from jaxprune.inputs.processor import pixel_values
+from jaxprune.inputs.pixels import pixel_values, size_of
 from jaxprune.model import Params
 
 DROPPED = 0.25  # brightness of a patch that is gone
+GAP, TITLE = 10, 22  # pixels between pictures, and for the line above each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,11 +39,11 @@ class View:
 def views(params: Params, image: Image.Image) -> list[View]:
     """How a model sees an RGB image: once, or as a whole and once more in tiles."""
     config = params.config
-    grid, tiling = config.vision_config.grid_size, config.tiling(image.height, image.width)
-    every = np.arange(grid**2)
+    tiling, boxes = config.tiling(size_of(image)), _grid_boxes(*config.tower.grid)
+    every = np.arange(config.tower.tokens_per_tile)
     if tiling.tiles == 1:
-        return [View("", what_the_model_sees(params, image), every, _grid_boxes(grid, grid))]
-    found = [View("whole", image, every, _grid_boxes(grid, grid))]
+        return [View("", what_the_model_sees(params, image), every, boxes)]
+    found = [View("whole", image, every, boxes)]
     lines = tiling.slots[tiling.rows > 0]
     patches = lines[lines >= 0]
     rows = tiling.rows.max()
@@ -90,7 +93,7 @@ def kept_patches(view: View, indices: np.ndarray, *, side: int) -> Image.Image:
 
 def kept_over_depth(
     params: Params,
-    image: Any,
+    image: str | pathlib.Path | Image.Image | np.ndarray,
     prompt: str,
     *,
     method: Any,
@@ -98,7 +101,7 @@ def kept_over_depth(
     side: int = 288,
     **method_options: Any,
 ) -> Image.Image:
-    """What is left of an image in front of the decoder and behind some of its layers.
+    """The patches of an image that reach the decoder, and those that pass some of its layers.
 
     Args:
         params: what `jaxprune.load` gives.
@@ -108,6 +111,7 @@ def kept_over_depth(
         layers: decoder layers to show, from 0; None chooses up to four among those that
             drop tokens.
         side: pixels along the longer side of each picture.
+        **method_options: hyperparameters of a named method.
 
     Returns:
         An RGB image, the pictures side by side, each with its title. Of an image of several
@@ -122,32 +126,41 @@ def kept_over_depth(
         if not 0 <= layer < depth:
             raise UserError(f"layer {layer} is asked for; the decoder has 0 to {depth - 1}.")
     seen = load_image(image)
-    answer = generate(
+    answer: Answer = generate(
         params, seen, prompt, method=method, max_new_tokens=1, return_details=True, **method_options
     )
-    cuts = answer.kept_by_layer
+    shown = views(params, seen)
+    columns = []
+    for name, kept in _stages(answer, layers):
+        pictures = [kept_patches(view, kept, side=side) for view in shown]
+        columns.append((f"{name}: {len(kept)} tokens", pictures))
+    return _sheet(columns, side)
+
+
+def _stages(answer: Answer, layers: Sequence[int] | None) -> list[tuple[str, np.ndarray]]:
+    """Names and kept patches, int32 `[K]`, before the decoder and after each of some layers."""
+    cuts = {layer: kept[0] for layer, kept in answer.kept_by_layer.items()}
     if layers is None:
         places = np.unique(np.linspace(0, max(len(cuts) - 1, 0), 4).round().astype(int))
         layers = [list(cuts)[place] for place in places if cuts]
-    panels = [("before the decoder", answer.kept_indices[0])]
+    found = [("before the decoder", answer.kept_indices[0])]
     for layer in layers:
-        behind = [cut for cut in cuts if cut <= layer]
-        kept = cuts[max(behind)][0] if behind else answer.kept_indices[0]
-        panels.append((f"behind layer {layer}", kept))
+        last = max((cut for cut in cuts if cut <= layer), default=None)
+        kept = answer.kept_indices[0] if last is None else cuts[last]
+        found.append((f"behind layer {layer}", kept))
+    return found
 
-    pictures = [
-        [kept_patches(view, kept, side=side) for view in views(params, seen)] for _, kept in panels
-    ]
-    font = ImageFont.load_default(14)
-    gap, title = 10, 22
-    heights = [picture.height for picture in pictures[0]]
-    width = len(panels) * (side + gap) + gap
-    sheet = Image.new("RGB", (width, sum(heights) + gap * len(heights) + title + gap), "white")
-    canvas = ImageDraw.Draw(sheet)
-    for i, ((name, kept), column) in enumerate(zip(panels, pictures, strict=True)):
-        left, top = gap + i * (side + gap), gap + title
-        canvas.text((left, gap), f"{name}: {len(kept)} tokens", fill="black", font=font)
-        for picture in column:
+
+def _sheet(columns: Sequence[tuple[str, list[Image.Image]]], side: int) -> Image.Image:
+    """Columns of pictures, equal in their sizes, side by side under their titles."""
+    width = GAP + len(columns) * (side + GAP)
+    height = GAP + TITLE + sum(picture.height + GAP for picture in columns[0][1])
+    sheet = Image.new("RGB", (width, height), "white")
+    canvas, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
+    for i, (title, pictures) in enumerate(columns):
+        left, top = GAP + i * (side + GAP), GAP + TITLE
+        canvas.text((left, GAP), title, fill="black", font=font)
+        for picture in pictures:
             sheet.paste(picture, (left, top))
-            top += picture.height + gap
+            top += picture.height + GAP
     return sheet

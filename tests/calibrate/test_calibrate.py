@@ -11,12 +11,13 @@ import jaxprune
 from jaxprune.calibrate import Sample, calibrate, encode_samples, evaluate, score
 from jaxprune.data import scenes
 from jaxprune.engine.cost import layer_macs
+from jaxprune.inputs.request import Row, make_request
 from jaxprune.models import llava
 from jaxprune.ops.cuts import LAST, QUESTION, VISUAL
 from tests import builders
 from tests.builders import start, tiny_config, write_directory
+from tests.cases import picture
 from tests.methods.plain_decoder import PlainDecoder
-from tests.test_generate import picture
 
 L, N = 4, 16
 package = importlib.import_module("jaxprune.calibrate")
@@ -51,13 +52,10 @@ def plain_fit(model, samples, save):
     prompts = []
     for sample in samples:
         run = start(model, sample.image, sample.question)
-        layout, selection = run.layout, run._visual_tokens()
-        tokens = llava.embed(
-            model.arrays, model.config, layout.token_ids, layout.visual_index, layout.kind,
-            layout.lengths, llava.project(model.arrays, model.config, selection.tokens),
-        )  # fmt: skip
-        length = int(layout.lengths[0])
-        prompts.append((np.asarray(tokens.x[0, :length]), layout.kind[0, :length]))
+        embedded = run.prompt.layout.embedded
+        tokens = run.engine.embed(run.prompt, run.seen)
+        length = int(embedded.lengths[0])
+        prompts.append((np.asarray(tokens.x[0, :length]), embedded.kind[0, :length]))
 
     def scores(weights, kind):
         A = weights.max(axis=0)
@@ -151,22 +149,19 @@ def test_scores_are_those_of_generation(model, samples):
         for s in samples[:3]
     ]  # fmt: skip
     data = encode_samples(model, [Sample(s.image, s.question, "x") for s in samples[:3]])
-    batch = data.batches[0]
+    (batch,) = data.batches
     longest = max(len(answer.token_ids) for answer in said)
-    rows = importlib.import_module("jaxprune.inputs.request")
-    requests = [
-        rows.make_request(model.processor, s.image, s.question, chat=True) for s in samples[:3]
-    ]
-    layouts = [
-        rows.Row(r.rows[0].pieces, [i], answer=a.token_ids)
+    requests = [make_request(model.processor, s.image, s.question, chat=True) for s in samples[:3]]
+    rows = [
+        Row(r.rows[0].pieces, [i], answer=a.token_ids)
         for i, (r, a) in enumerate(zip(requests, said, strict=True))
     ]
-    layout = rows.lay_out(layouts, np.full(3, N), N, batch=3, sequence=64 + N)
+    prompt = data.engine.lay_out(rows, batch.seen, data.lengths, batch=3, new_slots=0)
     answers = np.full((3, longest), -1, np.int32)
     for i, answer in enumerate(said):
         answers[i, : len(answer.token_ids)] = answer.token_ids
-    forced = dataclasses.replace(batch, layout=layout, answers=answers)
-    data = evaluate.CalibrationSet(model, [forced], evaluate.Lengths(64, N))
+    forced = dataclasses.replace(batch, prompt=prompt, answers=answers)
+    data = evaluate.CalibrationSet(data.engine, [forced])
     method = jaxprune.GSearch(keep_rates=(1, 0.5, 0.5, 0.25))
     assert score(data, method) == 1.0
     assert score(data, method, "logprob") < 0
@@ -332,7 +327,7 @@ def test_an_answer_is_split_as_behind_its_prompt(tmp_path):
     )
     directory, _ = builders.write_original(tmp_path / "m", tmp_path / "t")
     tokenizer.save(str(directory / "tokenizer.json"))
-    processor = load_processor(directory, original=builders.tiny_config())
+    processor = load_processor(directory, llava.FAMILY, original=builders.tiny_config())
     image = scenes.draw(scenes.sample("calibration", 0, 0)[0])
     row = make_request(processor, image, "What?", chat=True, answer="What").rows[0]
     pieces = processor.tokenizer.convert_ids_to_tokens(row.answer)

@@ -5,12 +5,15 @@ import json
 import jax
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from PIL import Image
 
 import jaxprune
 from jaxprune import checkpoints_convert, cli
-from jaxprune.checkpoints_convert.plan import flatten
-from jaxprune.inputs.processor import as_messages, load_processor, pixel_values, render, tokenize
+from jaxprune.inputs.pixels import pixel_values
+from jaxprune.inputs.processor import load_processor
+from jaxprune.inputs.prompts import as_messages, render, tokenize
+from jaxprune.models import llava
 from tests import builders
 
 IDS = 290
@@ -61,8 +64,8 @@ CONVERSATIONS = [
 def test_prompts_keep_their_strings_and_ids(images, prompt, original, tmp_path):
     convert(original, tmp_path / "new")
     messages = as_messages(prompt, images)
-    old = load_processor(original[0], original=builders.tiny_config())
-    new = load_processor(tmp_path / "new")
+    old = load_processor(original[0], llava.FAMILY, original=builders.tiny_config())
+    new = load_processor(tmp_path / "new", llava.FAMILY)
     text = render(old, messages)
     assert text.endswith(" ASSISTANT:")
     assert render(new, messages) == text
@@ -89,7 +92,10 @@ def test_answers_stay_the_same(format, original, wide, tmp_path):
 
 def test_new_rows_are_the_mean_of_the_old(original, tmp_path):
     convert(original, tmp_path / "new")
-    old, new = flatten(load(original).arrays), flatten(jaxprune.load(tmp_path / "new").arrays)
+    old, new = (
+        flatten_dict(params.arrays, sep="/")
+        for params in (load(original), jaxprune.load(tmp_path / "new"))
+    )
     changed = {path for path in old if old[path].shape != new[path].shape}
     assert changed == {"language_model/embed_tokens/embedding", "language_model/lm_head/kernel"}
     for path, array in old.items():
@@ -110,7 +116,9 @@ def test_the_vocabulary_grows_to_a_multiple_of_64(rows):
     found = checkpoints_convert.llava_original.with_new_rows(path, array, 128)
     assert found.shape == (128, 2) and found.dtype == np.float16
     np.testing.assert_array_equal(found[rows:], np.tile([rows - 1, rows], (128 - rows, 1)))
-    other = checkpoints_convert.llava_original.with_new_rows("language_model/norm/scale", array, 128)
+    other = checkpoints_convert.llava_original.with_new_rows(
+        "language_model/norm/scale", array, 128
+    )
     assert other is array
 
 
@@ -121,8 +129,8 @@ def test_images_become_the_same_pixels(aspect, wide, tmp_path):
     )
     convert(original, tmp_path / "new")
     config = builders.tiny_config()
-    old = load_processor(original[0], original=config)
-    pixels = pixel_values(load_processor(tmp_path / "new"), [wide], config)
+    old = load_processor(original[0], llava.FAMILY, original=config)
+    pixels = pixel_values(load_processor(tmp_path / "new", llava.FAMILY), [wide], config)
     np.testing.assert_allclose(pixels, pixel_values(old, [wide], config), atol=1e-6)
     padded = bool(np.ptp(pixels[0, 0, :, 0]) < 0.02)  # the first row is the padding's one color
     assert padded == (aspect == "pad")
@@ -232,7 +240,7 @@ def test_a_sentencepiece_tokenizer(legacy, original, tmp_path):
     text = "USER: <image>\nWhat is it? ASSISTANT:"
     expected = [reference.encode(part) for part in text.split("<image>")]
     expected[0].insert(0, 1)
-    old = load_processor(directory, original=builders.tiny_config())
+    old = load_processor(directory, llava.FAMILY, original=builders.tiny_config())
     assert tokenize(old, text, 1) == expected
     convert(original, tmp_path / "new")
-    assert tokenize(load_processor(tmp_path / "new"), text, 1) == expected
+    assert tokenize(load_processor(tmp_path / "new", llava.FAMILY), text, 1) == expected

@@ -7,18 +7,6 @@ from jaxprune.ops.tiles import one_tile, pack_tilings, patches_of
 from jaxprune.ops.visual import VisionOutput
 
 
-class Config:
-    """As much of a model's config as the stages of selection read."""
-
-    keep_cls = False
-
-    def __hash__(self):
-        return 0
-
-    def __eq__(self, other):
-        return isinstance(other, Config)
-
-
 def packing_of(tilings, **sizes):
     """The tilings of a batch, padded no more than `sizes` say."""
     fields = {
@@ -34,13 +22,13 @@ def select(method, features, signals, *, tilings=None, capacity=None, **sizes):
     """A method's selection from tiles `[F, N, C]`, in as few slots as hold it."""
     N = features.shape[1]
     packing = packing_of(tilings or [one_tile(N)] * len(features), **sizes)
-    vision = VisionOutput(features, signals)
-    counts = stages.count(vision, packing, config=Config(), method=method)
+    vision = VisionOutput(features, None, signals)
+    counts = stages.count(vision, packing, None, method)
     return stages.select(
         vision,
         packing,
-        config=Config(),
-        method=method,
+        None,
+        method,
         capacity=capacity or int(counts.max()),
         images=len(packing.tile),
     )

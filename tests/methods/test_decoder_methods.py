@@ -5,16 +5,16 @@ import numpy as np
 import pytest
 
 import jaxprune
-from jaxprune.engine import session as engine
-from jaxprune.engine.lengths import mask_schedule
-from jaxprune.methods import depth_of
-from jaxprune.models import llava
+from jaxprune.engine.answer import answers_of
+from jaxprune.methods import Depth
+from jaxprune.models.registry import depth_of
 from jaxprune.ops.cuts import LAST, QUESTION, VISUAL
 from tests.builders import start, tiny_config, write_directory
+from tests.cases import picture
 from tests.methods import plain_decoder as plain
-from tests.test_generate import picture
 
 N, L = 16, 4
+SEVEN_B = Depth(32, frozenset({"llava-1.5-7b"}))
 RATES = (1.0, 0.8, 0.45, 0.1)
 CASES = {
     "fitprune": (
@@ -43,16 +43,10 @@ def model(request, tmp_path_factory):
 
 def compare(model, method, delete, new=20, prompt="Where is it, please?", **options):
     run = start(model, picture(4), prompt, method=method, max_new_tokens=new, **options)
-    length = int(run.layout.lengths[0])
-    kind = run.layout.kind[0, :length]
-    selection = run._visual_tokens()
-    tokens = llava.embed(
-        model.arrays, model.config, *(
-            np.asarray(x) for x in (
-                run.layout.token_ids, run.layout.visual_index, run.layout.kind, run.layout.lengths,
-            )
-        ), llava.project(model.arrays, model.config, selection.tokens),
-    )  # fmt: skip
+    embedded = run.prompt.layout.embedded
+    length = int(embedded.lengths[0])
+    kind = embedded.kind[0, :length]
+    tokens = run.engine.embed(run.prompt, run.seen)
     decoder = plain.PlainDecoder(model["language_model"], model.config.text_config)
     ids, logits, survivors, lengths = decoder.generate(
         np.asarray(tokens.x[0, :length]),
@@ -63,7 +57,7 @@ def compare(model, method, delete, new=20, prompt="Where is it, please?", **opti
         new,
     )
     chex.assert_trees_all_close(np.asarray(run.first_logits[0]), logits[0], atol=1e-4)
-    for layer, (positions, valid) in zip(run.schedule.layers, run.survivors, strict=True):
+    for layer, (positions, valid) in zip(run.prompt.schedule.layers, run.survivors, strict=True):
         found = np.asarray(positions[0])[np.asarray(valid[0])]
         assert found.tolist() == survivors[layer].tolist()
     valid = [int(np.asarray(cache.valid[0]).sum()) for cache in run.state.caches]
@@ -85,17 +79,20 @@ def test_a_prompt_that_ends_with_its_image(model, name):
     """The last token, a visual one, asks; it is never pruned and no candidate."""
     method = CASES[name][0]
     run = start(model, picture(4), "What is this? <image>", method=method, chat=False)
-    assert run.layout.kind[0].tolist().count(VISUAL) == N - 1
+    assert run.prompt.layout.embedded.kind[0].tolist().count(VISUAL) == N - 1
     for positions, valid in run.survivors:
-        assert int(np.asarray(positions)[np.asarray(valid)].max()) == run.layout.lengths[0] - 1
-    left = [len(kept[0]) for kept in run.answers()[0].kept_by_layer.values()]
-    counts = (N - method.removed(N, depth_of(model.config)))[list(run.schedule.layers)]
+        assert (
+            int(np.asarray(positions)[np.asarray(valid)].max())
+            == run.prompt.layout.embedded.lengths[0] - 1
+        )
+    left = [len(kept[0]) for kept in answers_of(run)[0].kept_by_layer.values()]
+    counts = (N - method.removed(N, depth_of(model.config)))[list(run.prompt.schedule.layers)]
     assert left == counts.tolist()
 
 
 def test_everything_may_go_but_the_last_token(model):
     run = start(model, picture(4), "What is this? <image>", method="vtw", chat=False)
-    (kept,) = run.answers()[0].kept_by_layer.values()
+    (kept,) = answers_of(run)[0].kept_by_layer.values()
     assert kept[0].tolist() == [N - 1]
 
 
@@ -103,7 +100,7 @@ def test_several_images_are_ranked_together(model):
     """Text between two images is never pruned and never asks."""
     images, prompt = [picture(1), picture(2)], "<image> before <image> after, please?"
     run = start(model, [images], [prompt], method="gsearch", keep_rates=RATES, chat=False)
-    answer = run.answers()[0]
+    answer = answers_of(run)[0]
     left = [sum(len(kept) for kept in images) for images in answer.kept_by_layer.values()]
     assert left == [round(2 * N * rate) for rate in RATES[1:]]
     text = answer.prompt_tokens - 2 * N
@@ -112,16 +109,14 @@ def test_several_images_are_ranked_together(model):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_gather_equals_mask(model, name, monkeypatch):
+def test_gather_equals_mask(model, name):
     """The fast execution and the one that searches use, rows of different lengths."""
     images = [picture(i) for i in range(3)]
     prompts = ["What?", "Where is the red circle, and why?", "a b c"]
     method = CASES[name][0]
     gather = start(model, images, prompts, method=method)
-    masked = lambda method, depth, room, distinct: mask_schedule(method, depth, room)  # noqa: E731
-    monkeypatch.setattr(engine, "gather_schedule", masked)
-    mask = start(model, images, prompts, method=method)
-    assert mask.schedule.lengths is None and gather.schedule.lengths is not None
+    mask = start(model, images, prompts, method=method, gather=False)
+    assert mask.prompt.schedule.lengths is None and gather.prompt.schedule.lengths is not None
     for run in (gather, mask):
         run.advance(8)
     chex.assert_trees_all_close(gather.first_logits, mask.first_logits, atol=1e-4)
@@ -132,15 +127,14 @@ def test_gather_equals_mask(model, name, monkeypatch):
 @pytest.mark.parametrize("prune_text", [True, False])
 def test_interaction_equals_the_plain_decoder(model, rows, prune_text):
     method = jaxprune.Iti(c=30.0, stage2=0.5, layer=2, rows=rows, prune_text=prune_text)
-    stage1 = start(model, picture(4), "Where is it, please?", method=method.vision)
-    gone = int(np.floor(0.5 * stage1.answers()[0].visual_tokens[0] + 0.5))
+    stage1 = start(model, picture(4), "Where is it, please?", method=method.plan().vision)
+    gone = int(np.floor(0.5 * answers_of(stage1)[0].visual_tokens[0] + 0.5))
     assert gone > 0
     compare(model, method, plain.interaction(2, gone, rows, prune_text))
 
 
 def test_sigmoid_points_and_rates():
     """The published operating points reproduce their alpha; rates meet the keep rate."""
-    from jaxprune.methods.base import Depth
     from jaxprune.methods.gsearch import solve_alpha
     from jaxprune.methods.recipes import published_recipes
 
@@ -151,9 +145,9 @@ def test_sigmoid_points_and_rates():
         alpha = solve_alpha(rate, k, first_pruned_layer=2, num_hidden_layers=32)
         assert abs(alpha + 1 - recipe.reached["alpha_counted_from_1"]) < 0.1
         method = jaxprune.PSigmoid(keep_rate=rate)
-        rates = method.rates(Depth("llava", 32))
+        rates = method.rates(SEVEN_B)
         assert abs(np.mean(rates) - rate) < 1e-6
-        kept = 576 - method.removed(576, Depth("llava", 32))
+        kept = 576 - method.removed(576, SEVEN_B)
         assert abs(kept[:-1] / 576 - rates[1:]).max() <= 0.5 / 576
 
 
@@ -181,13 +175,11 @@ def test_where_the_tail_begins(rng, c):
 
 def test_published_fitprune_recipes_scale():
     """At 144 tokens the 60 recipe keeps what round(144 kept / 576) says, and no less than 0."""
-    from jaxprune.methods.base import Depth
-
     method = jaxprune.FitPrune(save=0.6)
-    deletions, made_for, _ = method.recipe(Depth("llava", 32))
+    deletions, made_for, _ = method.recipe(SEVEN_B)
     kept = made_for - np.cumsum(deletions)
-    assert (576 - method.removed(576, Depth("llava", 32)) == kept).all()
-    scaled = 144 - method.removed(144, Depth("llava", 32))
+    assert (576 - method.removed(576, SEVEN_B) == kept).all()
+    scaled = 144 - method.removed(144, SEVEN_B)
     assert (scaled == np.floor(144 * kept / 576 + 0.5)).all()
-    authors = jaxprune.FitPrune(save=0.6, scaling="authors").removed(144, Depth("llava", 32))
+    authors = jaxprune.FitPrune(save=0.6, scaling="authors").removed(144, SEVEN_B)
     assert (authors == np.cumsum([t * 144 // 576 for t in deletions])).all()

@@ -3,6 +3,7 @@ import pytest
 import jaxprune
 from jaxprune.methods import METHODS, Plan, describe, resolve
 from jaxprune.models.llava import LlavaConfig
+from jaxprune.models.registry import depth_of
 from tests.builders import tiny_config
 
 TINY, REAL = tiny_config(), LlavaConfig.llava_1_5_7b()
@@ -11,18 +12,18 @@ TINY, REAL = tiny_config(), LlavaConfig.llava_1_5_7b()
 def test_names_and_instances():
     merge, places = jaxprune.PruMerge(keep=9), jaxprune.UniformPlaces(keep=4)
     fitted = jaxprune.FitPrune(save=0.6)
-    assert resolve("none", TINY) == resolve(None, TINY) == Plan()
-    assert resolve("prumerge", TINY, keep=9) == Plan(vision=merge)
-    assert resolve(places, TINY) == Plan(vision=places)
-    assert resolve("fitprune", REAL, save=0.6) == Plan(decoder=fitted)
+    assert resolve("none", depth_of(TINY)) == resolve(None, depth_of(TINY)) == Plan()
+    assert resolve("prumerge", depth_of(TINY), keep=9) == Plan(vision=merge)
+    assert resolve(places, depth_of(TINY)) == Plan(vision=places)
+    assert resolve("fitprune", depth_of(REAL), save=0.6) == Plan(decoder=fitted)
 
 
 def test_pairs():
     pair = Plan(jaxprune.PruMergePlus(keep=9), jaxprune.FitPrune(save=0.6))
-    assert resolve(("prumerge_plus", "fitprune"), REAL, keep=9, save=0.6) == pair
-    assert resolve((pair.decoder, pair.vision), REAL) == pair
-    assert resolve(("prumerge_plus", None), REAL, keep=9) == Plan(pair.vision)
-    both = resolve("iti", REAL, c=2.0, layer=3)
+    assert resolve(("prumerge_plus", "fitprune"), depth_of(REAL), keep=9, save=0.6) == pair
+    assert resolve((pair.decoder, pair.vision), depth_of(REAL)) == pair
+    assert resolve(("prumerge_plus", None), depth_of(REAL), keep=9) == Plan(pair.vision)
+    both = resolve("iti", depth_of(REAL), c=2.0, layer=3)
     assert (both.vision.c, both.decoder.layer) == (2.0, 3)
 
 
@@ -59,14 +60,14 @@ def test_pairs():
 )
 def test_mistakes(method, options, message):
     with pytest.raises(jaxprune.UserError, match=message):
-        resolve(method, REAL, **options)
+        resolve(method, depth_of(REAL), **options)
 
 
 @pytest.mark.parametrize("method", ["fitprune", "gsearch", "psigmoid"])
 def test_another_depth_says_to_calibrate(method):
     options = {"fitprune": {"save": 0.6}, "psigmoid": {"keep_rate": 0.5}}.get(method, {})
     with pytest.raises(jaxprune.UserError, match=r"3 decoder layers.*jaxprune calibrate"):
-        resolve(method, TINY, **options)
+        resolve(method, depth_of(TINY), **options)
 
 
 def test_every_method_describes_itself():

@@ -1,27 +1,33 @@
 import chex
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
-from jaxprune.ops import attention as module
 from jaxprune.ops.attention import (
     Watch,
     attention,
+    cached_attention,
     causal_attention,
     causal_mask,
     full_attention,
+    limits,
+    scratch_bytes,
 )
+from jaxprune.ops.attention.by_chunks import attend_by_chunks
+from jaxprune.ops.attention.by_heads import attend_by_heads, heads_at_once
+from jaxprune.ops.attention.definition import Options
 
 
 def reference(q, k, v, mask):
-    B, H, T, d = q.shape
-    out = np.zeros((B, H, T, v.shape[-1]), np.float64)
-    mask = np.broadcast_to(mask, (B, T, k.shape[2]))
+    B, H, Q, d = q.shape
+    out = np.zeros((B, H, Q, v.shape[-1]), np.float64)
+    mask = np.broadcast_to(mask, (B, Q, k.shape[2]))
     for b in range(B):
         for h in range(H):
             shared = h // (H // k.shape[1])
-            for t in range(T):
+            for t in range(Q):
                 seen = mask[b, t]
                 logits = (k[b, shared, seen] @ q[b, h, t]).astype(np.float64) / np.sqrt(d)
                 weights = np.exp(logits - logits.max())
@@ -44,37 +50,37 @@ def test_chunks_of_queries_give_the_same(rng, monkeypatch, length):
     q, k, v = rng.normal(size=(3, 2, 4, length, 8)).astype(np.float32)
     mask = causal_mask(jnp.ones((2, length), bool))
     whole = attention(q, k, v, mask)
-    monkeypatch.setattr(module, "QUERY_CHUNK", 5)
+    monkeypatch.setattr(limits, "QUERY_CHUNK", 5)
     chex.assert_trees_all_close(attention(q, k, v, mask), whole, atol=1e-6)
 
 
-@pytest.mark.parametrize("length", [9, 16, 17])
-@pytest.mark.parametrize("shared", [4, 2])
+@pytest.mark.parametrize("length, shared", [(9, 4), (16, 2), (17, 1)])
 @pytest.mark.parametrize("heads", ["mean", "max"])
 @pytest.mark.parametrize("causal", [True, False])
 def test_heads_equal_chunks(rng, length, shared, heads, causal, monkeypatch):
     """What runs on a CPU against what runs elsewhere, rows with holes and padding included."""
-    monkeypatch.setattr(module, "BLOCK", 3)
-    monkeypatch.setattr(module, "STAIRS", 2)
+    monkeypatch.setattr(limits, "BLOCK", 3)
+    monkeypatch.setattr(limits, "FULL_BLOCK", 5)
+    monkeypatch.setattr(limits, "STAIRS", 2)
     q = rng.normal(size=(2, 4, length, 8)).astype(np.float32)
     k, v = rng.normal(size=(2, 2, shared, length, 8)).astype(np.float32)
     valid = jnp.asarray(rng.random((2, length)) < 0.7).at[:, 0].set(True)
-    weights = jnp.asarray(rng.random((2, length, 2)).astype(np.float32)) * valid[..., None]
+    asks = jnp.asarray(rng.random((2, length, 2)).astype(np.float32)) * valid[..., None]
+    used = valid[:, None, :, None]
     for later in (False, True):
-        options = {"heads": heads, "later": later, "causal": causal}
-        by_heads = module._by_heads(q, k, v, valid, weights, **options)
-        by_chunks = module._by_chunks(q, k, v, valid, weights, **options)
-        used = valid[:, None, :, None]
+        options = Options(causal=causal, heads=heads, later=later)
+        by_heads = attend_by_heads(q, k, v, valid, asks, options)
+        by_chunks = attend_by_chunks(q, k, v, valid, asks, options)
         chex.assert_trees_all_close(by_heads[0] * used, by_chunks[0] * used, atol=1e-5)
         chex.assert_trees_all_close(by_heads[1], by_chunks[1], atol=1e-5)
-    plain = module._by_heads(q, k, v, valid, None, **options)
+    plain = attend_by_heads(q, k, v, valid, None, options)
     chex.assert_trees_all_close(plain[0] * used, by_chunks[0] * used, atol=1e-5)
     assert plain[1].shape == (0, 2, length)
 
 
 def test_everything_sees_everything(rng, monkeypatch):
-    monkeypatch.setattr(module, "SHORT", 4)
-    monkeypatch.setattr(module, "FULL_BLOCK", 4)
+    monkeypatch.setattr(limits, "SHORT", 4)
+    monkeypatch.setattr(limits, "FULL_BLOCK", 4)
     q, k, v = rng.normal(size=(3, 2, 4, 9, 8)).astype(np.float32)
     expected = reference(q, k, v, np.ones((1, 9, 9), bool))
     chex.assert_trees_all_close(np.asarray(full_attention(q, k, v)), expected, atol=1e-5)
@@ -82,8 +88,8 @@ def test_everything_sees_everything(rng, monkeypatch):
 
 @pytest.mark.parametrize("number, cores, expected", [(16, 2, 2), (7, 4, 1), (6, 4, 3), (2, 64, 2)])
 def test_heads_at_once_divide(number, cores, expected, monkeypatch):
-    monkeypatch.setattr(module.os, "cpu_count", lambda: cores)
-    assert module.heads_at_once(number) == expected
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    assert heads_at_once(number) == expected
 
 
 def test_heads_have_the_gradient_of_the_definition(rng, monkeypatch):
@@ -97,8 +103,8 @@ def test_heads_have_the_gradient_of_the_definition(rng, monkeypatch):
         return (causal_attention(q, k, v, valid)[0] ** 2).sum()
 
     expected = jax.grad(by_definition, argnums=(0, 1, 2))(q, k, v)
-    monkeypatch.setattr(module, "BLOCK", 4)
-    monkeypatch.setattr(module, "SHORT", 4)
+    monkeypatch.setattr(limits, "BLOCK", 4)
+    monkeypatch.setattr(limits, "SHORT", 4)
     found = jax.grad(by_heads, argnums=(0, 1, 2))(q, k, v)
     chex.assert_trees_all_close(found, expected, atol=1e-4)
 
@@ -110,7 +116,7 @@ def test_a_cached_query_equals_the_last_of_a_prompt(rng, heads, shared):
     valid = jnp.asarray(rng.random((3, 7)) < 0.6).at[:, -1].set(True)
     expected = causal_attention(q, k, v, valid)[0][:, :, -1:]
     merged = (x.reshape(3 * shared, 7, 8) for x in (k, v))
-    found = module.cached_attention(q[:, :, -1:], *merged, valid)
+    found = cached_attention(q[:, :, -1:], *merged, valid)
     chex.assert_trees_all_close(found, expected, atol=1e-6)
 
 
@@ -131,7 +137,24 @@ def test_no_square_matrix_in_the_program(watched, platform):
 def test_a_query_that_sees_nothing_is_finite():
     x = jnp.ones((1, 1, 2, 4))
     assert np.isfinite(attention(x, x, x, jnp.zeros((1, 2, 2), bool))).all()
-    x = jnp.ones((1, 1, module.SHORT + 1, 4))
+    x = jnp.ones((1, 1, limits.SHORT + 1, 4))
     assert np.isfinite(
         causal_attention(x, x, x, jnp.zeros(x.shape[:1] + x.shape[2:3], bool))[0]
     ).all()
+
+
+def test_scratch_is_that_of_the_queries_at_once(monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    sizes = {"heads": 8, "key_value_heads": 4, "block": 100}
+    on_cpu = 2 * 4 * 100 * 640 * 4  # before and after; four heads of one row
+    assert scratch_bytes(3, 640, **sizes) == on_cpu
+    assert scratch_bytes(3, 60, **sizes) == on_cpu * 60 * 60 // (100 * 640)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    monkeypatch.setattr(limits, "QUERY_CHUNK", 128)
+    assert scratch_bytes(3, 640, **sizes) == 2 * 3 * 8 * 128 * 640 * 4
+
+
+def test_shapes_are_checked_while_tests_run():
+    x = jnp.ones((1, 1, 2, 4))
+    with pytest.raises(jaxtyping.TypeCheckError, match="valid"):
+        causal_attention(x, x, x, jnp.ones((1, 3), bool))

@@ -8,7 +8,7 @@ import transformers
 
 import jaxprune
 from jaxprune.checkpoints_convert.load import read_config
-from jaxprune.inputs.processor import processor_files
+from jaxprune.models.registry import family_of
 from tests.builders import set_image_size
 
 VISION = {
@@ -84,7 +84,7 @@ def save(model, directory):
     set_image_size(directory, model.config.vision_config.image_size)
     if model.config.model_type != "llava":
         config = read_config(directory, dtype="float32")
-        for name, fields in processor_files(config).items():
+        for name, fields in family_of(config).processor_files(config).items():
             (directory / name).write_text(json.dumps(fields))
     return directory
 

@@ -15,7 +15,8 @@ from safetensors.torch import save_file  # noqa: E402
 import jaxprune  # noqa: E402
 import tests.builders  # noqa: E402
 from jaxprune import checkpoints_convert  # noqa: E402
-from jaxprune.inputs.processor import as_messages, pixel_values, render, tokenize  # noqa: E402
+from jaxprune.inputs.pixels import pixel_values  # noqa: E402
+from jaxprune.inputs.prompts import as_messages, render, tokenize  # noqa: E402
 from tests.oracle import builders  # noqa: E402
 
 

@@ -13,11 +13,12 @@ import transformers  # noqa: E402
 import jaxprune  # noqa: E402
 import tests.builders  # noqa: E402
 from jaxprune import checkpoints_convert  # noqa: E402
-from jaxprune.checkpoints_convert.keys import canonical_key  # noqa: E402
-from jaxprune.checkpoints_convert.plan import flat_shapes, stored_shape  # noqa: E402
-from jaxprune.checkpoints_convert.tables import path_of  # noqa: E402
-from jaxprune.inputs.processor import as_messages, pixel_values, render  # noqa: E402
-from jaxprune.models.llava_next import LlavaNextConfig  # noqa: E402
+from jaxprune.checkpoints_convert.plan import flat_shapes  # noqa: E402
+from jaxprune.engine.answer import answers_of  # noqa: E402
+from jaxprune.inputs.pixels import pixel_values  # noqa: E402
+from jaxprune.inputs.prompts import as_messages, render  # noqa: E402
+from jaxprune.models.llava_next import FAMILY, LlavaNextConfig  # noqa: E402
+from jaxprune.ops.tiles import VisualSize  # noqa: E402
 from tests.builders import start  # noqa: E402
 from tests.oracle import builders  # noqa: E402
 
@@ -75,7 +76,7 @@ def check(pair, images, question, new=8):
             **inputs, max_new_tokens=new, min_new_tokens=new, do_sample=False, eos_token_id=None
         )
     run = start(ours, [images], [question], max_new_tokens=new)
-    assert run.answers()[0].prompt_tokens == inputs.input_ids.shape[1]
+    assert answers_of(run)[0].prompt_tokens == inputs.input_ids.shape[1]
     chex.assert_trees_all_close(np.asarray(run.first_logits[0]), logits, atol=1e-4)
     answer = jaxprune.generate(ours, [images], [question], max_new_tokens=new, return_details=True)[
         0
@@ -119,7 +120,10 @@ def test_pixels_and_lengths_of_many_sizes(rng, tmp_path):
             features = model.model.get_image_features(
                 torch.from_numpy(made["pixel_values"]), torch.tensor(made["image_sizes"])
             ).pooler_output
-        assert ours.config.tiling(height, width).num_tokens == len(features[0]), (width, height)
+        assert ours.config.tiling(VisualSize(height, width)).num_tokens == len(features[0]), (
+            width,
+            height,
+        )
 
 
 def hub_config(decoder, image_token, **text):
@@ -197,10 +201,11 @@ def test_published_sizes(name):
     expected = flat_shapes(config)
     mapped = {}
     for key, tensor in model.state_dict().items():
-        path, transform = path_of("llava_next", canonical_key(key))
+        rule = FAMILY.weights.rule_of_key(FAMILY.weights.canonical_key(key))
+        (path,) = rule.paths
         assert path not in mapped, f"{key} and {mapped[path]}"
         mapped[path] = key
-        assert stored_shape(transform, expected[path].shape) == tuple(tensor.shape), key
+        assert rule.stored_shape([expected[path].shape]) == tuple(tensor.shape), key
     assert set(mapped) == set(expected)
 
 
@@ -242,7 +247,7 @@ def test_an_original_checkpoint_answers_in_transformers(kind, size, tmp_path, rn
         logits = model.eval()(**inputs).logits[0, -1].numpy()
         ids = model.generate(**inputs, max_new_tokens=8, do_sample=False)
     run = start(params, image, question)
-    assert run.answers()[0].prompt_tokens == inputs.input_ids.shape[1]
+    assert answers_of(run)[0].prompt_tokens == inputs.input_ids.shape[1]
     found = np.asarray(run.first_logits[0])
     chex.assert_trees_all_close(found, logits[: len(found)], atol=1e-4)
     details = jaxprune.generate(params, image, question, max_new_tokens=8, return_details=True)

@@ -8,8 +8,13 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from jaxprune import checkpoints_convert  # noqa: E402
-from jaxprune.inputs.request import Row, lay_out  # noqa: E402
-from jaxprune.models import llava  # noqa: E402
+from jaxprune.engine import stages  # noqa: E402
+from jaxprune.inputs.layout import ImageRoom, lay_out, row_length  # noqa: E402
+from jaxprune.inputs.request import Row  # noqa: E402
+from jaxprune.models.clip import ClipVisionTower  # noqa: E402
+from jaxprune.models.registry import family_of  # noqa: E402
+from jaxprune.ops.tiles import VisualSize, pack_tilings  # noqa: E402
+from jaxprune.ops.visual import Signal  # noqa: E402
 from tests.builders import forward_logits  # noqa: E402
 from tests.oracle import builders  # noqa: E402
 
@@ -78,34 +83,28 @@ def test_576_tokens(text, rng, tmp_path):
 
 def continue_greedily(params, config, pixels, row, new):
     """Token ids from prefill and single decode steps, and the logits of each."""
-    vision = llava.encode_image(params, config, pixels)
-    count = vision.features.shape[1]
-    length = sum(map(len, row.pieces)) + count * len(row.images)
-    layout = lay_out([row], np.full(len(pixels), count), count, batch=1, sequence=length + 5)
-    tokens = llava.embed(
-        params,
-        config,
-        jnp.asarray(layout.token_ids),
-        jnp.asarray(layout.visual_index),
-        jnp.asarray(layout.kind),
-        jnp.asarray(layout.lengths),
-        llava.project(params, config, vision.features),
-    )
-    prefilled = llava.prefill(params, config, tokens, new_slots=new)
-    logits = llava.logits(params, config, prefilled.tokens.x[:, length - 1])
+    family = family_of(config)
+    tilings = [config.tiling(VisualSize(1, 1))] * len(pixels)
+    K = tilings[0].num_tokens
+    packing = pack_tilings(tilings, images=len(pixels), tiles=len(pixels), image_tiles=1, slots=K)
+    vision = family.encode(params, config, jnp.asarray(pixels))
+    selection = stages.select(vision, packing, None, None, capacity=K, images=len(pixels))
+    counts = np.full(len(pixels), K)
+    length = row_length(row, counts)
+    room = ImageRoom(counts, counts, np.zeros(len(pixels), int), K)
+    layout = lay_out([row], room, batch=1, sequence=length + 5)
+    tokens = family.embed(params, config, layout.embedded, selection)
+    prefilled = family.prefill(params, config, tokens, new_slots=new)
+    logits = family.logits(params, config, prefilled.tokens.x[:, length - 1])
     caches = prefilled.caches
     ids, steps = [], []
     for step in range(new):
         steps.append(np.asarray(logits[0]))
         ids.append(int(logits.argmax()))
-        logits, caches = llava.decode(
-            params,
-            config,
-            jnp.asarray([ids[-1]]),
-            jnp.asarray([length + step]),
-            caches,
-            jnp.asarray(step),
-        )
+        logits, caches = family.decode(
+            params, config, jnp.asarray([ids[-1]]), jnp.asarray([length + step]), caches,
+            jnp.asarray([step]), jnp.ones(1, bool),
+        )  # fmt: skip
     return ids, np.stack(steps)
 
 
@@ -178,14 +177,28 @@ def test_signals_of_the_tower(rng, tmp_path):
         single = torch.softmax(q @ k.transpose(1, 2) / 32**0.5, -1)[:, 0, 1:]
         heads = lambda y: y.reshape(2, -1, 4, 8).transpose(1, 2)  # noqa: E731
         each = torch.softmax(heads(q) @ heads(k).transpose(2, 3) / 8**0.5, -1)[:, :, 0, 1:]
-    wanted = frozenset({"cls_attention", "cls_attention_mean", "keys"})
-    found = llava.encode_image(params, config, pixels.numpy().transpose(0, 2, 3, 1), wanted)
+        before = tower.encoder.layers[1]  # what made the features
+        y = before.layer_norm1(states[1])
+        everybody = heads(before.self_attn.q_proj(y)) @ heads(before.self_attn.k_proj(y)).transpose(
+            2, 3
+        )
+        received = torch.softmax(everybody / 8**0.5, -1).mean((1, 2))[:, 1:]
+        projected = model.model.multi_modal_projector(states[-2][:, 1:])
     expected = {
-        "cls_attention": single.numpy(),
-        "cls_attention_mean": each.mean(1).numpy(),
-        "keys": k[:, 1:].numpy(),
+        Signal("cls_attention", heads="joined"): single,
+        Signal("cls_attention"): each.mean(1),
+        Signal("keys", heads="joined"): k[:, 1:],
+        Signal("keys"): heads(k)[:, :, 1:].mean(1),
+        Signal("received_attention", layer=-2): received,
+        Signal("hidden_states", layer=0): states[1][:, 1:],
+        Signal("features"): states[-2][:, 1:],
+        Signal("projected"): projected,
     }
-    chex.assert_trees_all_close(dict(found.signals), expected, atol=1e-5)
+    pixels = jnp.asarray(pixels.numpy().transpose(0, 2, 3, 1))
+    found = family_of(config).encode(params, config, pixels, frozenset(expected))
+    chex.assert_trees_all_close(
+        found.signals, {signal: x.numpy() for signal, x in expected.items()}, atol=1e-5
+    )
     chex.assert_trees_all_close(found.features, states[-2][:, 1:].numpy(), atol=1e-5)
 
 
@@ -195,7 +208,7 @@ def test_pooled_output_of_the_tower(rng, tmp_path):
     pixels, _ = builders.prompt(model, rng)
     with torch.no_grad():
         out = model.model.vision_tower(pixels, output_hidden_states=True)
-    states, pooled = llava.modeling.ClipVisionTower(config.vision_config).apply(
+    states, pooled = ClipVisionTower(config.vision_config).apply(
         {"params": params["vision_tower"]}, pixels.numpy().transpose(0, 2, 3, 1)
     )
     chex.assert_trees_all_close(pooled, out.pooler_output.numpy(), atol=1e-5)

@@ -5,10 +5,8 @@ import pytest
 torch = pytest.importorskip("torch")
 import transformers  # noqa: E402
 
-from jaxprune.checkpoints_convert.keys import canonical_key  # noqa: E402
-from jaxprune.checkpoints_convert.plan import flat_shapes, stored_shape  # noqa: E402
-from jaxprune.checkpoints_convert.tables import key_of, path_of  # noqa: E402
-from jaxprune.models.llava import LlavaConfig  # noqa: E402
+from jaxprune.checkpoints_convert.plan import flat_shapes  # noqa: E402
+from jaxprune.models.llava import FAMILY, LlavaConfig  # noqa: E402
 
 PRESETS = {"7b": LlavaConfig.llava_1_5_7b, "13b": LlavaConfig.llava_1_5_13b}
 
@@ -22,11 +20,11 @@ def test_every_tensor_of_the_pytorch_model(name):
     expected = flat_shapes(config)
     mapped = {}
     for key, tensor in model.state_dict().items():
-        found = path_of("llava", canonical_key(key))
-        assert found is not None, key
-        path, transform = found
+        rule = FAMILY.weights.rule_of_key(FAMILY.weights.canonical_key(key))
+        assert rule is not None, key
+        (path,) = rule.paths
         assert path not in mapped, f"{key} and {mapped[path]}"
         mapped[path] = key
-        assert stored_shape(transform, expected[path].shape) == tuple(tensor.shape), key
-        assert key_of("llava", path)[0] == canonical_key(key)
+        assert rule.stored_shape([expected[path].shape]) == tuple(tensor.shape), key
+        assert FAMILY.weights.rule_of_path(path) == rule
     assert set(mapped) == set(expected)

@@ -8,6 +8,7 @@ torch = pytest.importorskip("torch")
 import transformers  # noqa: E402
 
 import jaxprune  # noqa: E402
+from jaxprune.engine.answer import answers_of  # noqa: E402
 from tests.builders import start  # noqa: E402
 
 
@@ -35,7 +36,7 @@ def test_twenty_scenes(reference, small_model, held_out):
         new = ids[0, inputs.input_ids.shape[1] :].tolist()
 
         run = start(small_model, image, question.question, max_new_tokens=20)
-        assert run.answers()[0].prompt_tokens == inputs.input_ids.shape[1]
+        assert answers_of(run)[0].prompt_tokens == inputs.input_ids.shape[1]
         chex.assert_trees_all_close(np.asarray(run.first_logits[0]), logits, atol=1e-4)
 
         answer = jaxprune.generate(
@@ -53,7 +54,7 @@ def test_several_turns_are_rendered_alike(reference, small_model):
         {"role": "user", "content": [{"type": "text", "text": "Two?"}]},
     ]
     expected = processor.apply_chat_template(turns, add_generation_prompt=True)
-    from jaxprune.inputs.processor import as_messages, render
+    from jaxprune.inputs.prompts import as_messages, render
 
     assert render(small_model.processor, as_messages(turns, 1)) == expected
 
@@ -65,7 +66,7 @@ def test_pixels_equal_the_reference_processor(reference, small_model, size, rng)
     from PIL import Image
 
     from jaxprune.inputs.images import load_image
-    from jaxprune.inputs.processor import pixel_values
+    from jaxprune.inputs.pixels import pixel_values
 
     _, processor = reference
     array = rng.integers(0, 256, size=(size[1], size[0], 3), dtype=np.uint8)

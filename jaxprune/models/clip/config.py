@@ -7,6 +7,8 @@ from typing import Any
 from jaxprune.errors import UserError
 from jaxprune.models.activations import ACTIVATIONS
 from jaxprune.models.config import refuse_unknown, require, require_types
+from jaxprune.ops.attention import limits, scratch_bytes
+from jaxprune.ops.visual import KINDS, Signal
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,6 +47,13 @@ class ClipVisionConfig:
     def num_patches(self) -> int:
         return self.grid_size**2
 
+    def mesh_splits(self) -> dict[str, int]:
+        """What a mesh's "model" axis has to divide."""
+        return {
+            "attention heads of the vision tower": self.num_attention_heads,
+            "MLP features of the vision tower": self.intermediate_size,
+        }
+
     @classmethod
     def from_hf(cls, fields: Mapping[str, Any], *, dtype: str = "float32") -> "ClipVisionConfig":
         """From the dict of a `CLIPVisionConfig`; absent fields have that class's defaults.
@@ -76,3 +85,58 @@ class ClipVisionConfig:
         fields = dataclasses.asdict(self)
         del fields["dtype"]
         return {"model_type": "clip_vision_model", "num_channels": 3, **fields}
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipTower:
+    """A CLIP tower as the rest of the library sees it: a `TowerSizes`.
+
+    Attributes:
+        config: its sizes.
+        feature_layers: the hidden states that are read, 0 for the embeddings.
+    """
+
+    config: ClipVisionConfig
+    feature_layers: tuple[int, ...]
+
+    @property
+    def tile_size(self) -> int:
+        return self.config.image_size
+
+    @property
+    def tokens_per_tile(self) -> int:
+        return self.config.num_patches
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return self.config.grid_size, self.config.grid_size
+
+    def check(self, signals: frozenset[Signal]) -> None:
+        """Raise `UserError` unless the tower can give these signals."""
+        layers = self.config.num_hidden_layers
+        for signal in signals:
+            if signal.kind not in KINDS or not -layers <= signal.layer < layers:
+                raise UserError(
+                    f"The method asks for {signal}, but the CLIP tower has {layers} layers and the "
+                    f"signals: {', '.join(KINDS)}."
+                )
+
+    def macs(self, tiles: int) -> int:
+        """Multiply-adds of the layers that are run for so many tiles, and of the embedding."""
+        c = self.config
+        run = max(index % (c.num_hidden_layers + 1) for index in self.feature_layers)
+        n, D = c.num_patches + 1, c.hidden_size
+        layer = n * D * (4 * D + 2 * c.intermediate_size) + 2 * n**2 * D
+        return tiles * (run * layer + c.num_patches * c.patch_size**2 * 3 * D)
+
+    def bytes(self, tiles: int) -> tuple[int, int]:
+        """About what encoding tiles takes beside the weights: what stays, and a layer at work."""
+        c = self.config
+        slots, item = 1 + c.num_patches, 4 if c.dtype == "float32" else 2
+        pixels = 4 * 3 * c.image_size**2
+        features = slots * c.hidden_size * (len(self.feature_layers) + 1) * item  # and keys
+        # The residual, its norm and the heads' inputs and output; or the MLP's inner layer.
+        width = 2 * c.hidden_size + max(4 * c.hidden_size, 2 * c.intermediate_size)
+        H = c.num_attention_heads
+        scratch = scratch_bytes(tiles, slots, heads=H, key_value_heads=H, block=limits.FULL_BLOCK)
+        return tiles * (pixels + features), tiles * slots * width * item + scratch

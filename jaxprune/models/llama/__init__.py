@@ -1,6 +1,6 @@
 """The LLaMA decoder."""
 
 from jaxprune.models.llama.config import LlamaConfig, RopeScaling
-from jaxprune.models.llama.modeling import LayerCache, LlamaDecoder, Tokens
+from jaxprune.models.llama.modeling import LlamaDecoder, text_tokens
 
-__all__ = ["LayerCache", "LlamaConfig", "LlamaDecoder", "RopeScaling", "Tokens"]
+__all__ = ["LlamaConfig", "LlamaDecoder", "RopeScaling", "text_tokens"]

@@ -119,6 +119,14 @@ class LlamaConfig:
             return int(self.max_position_embeddings * self.rope_scaling.factor)
         return self.max_position_embeddings
 
+    def mesh_splits(self) -> dict[str, int]:
+        """What a mesh's "model" axis has to divide."""
+        return {
+            "attention heads": self.num_attention_heads,
+            "key/value heads": self.num_key_value_heads,
+            "MLP features": self.intermediate_size,
+        }
+
     @classmethod
     def from_hf(cls, fields: Mapping[str, Any], *, dtype: str = "float32") -> "LlamaConfig":
         """From the dict of a `transformers` `LlamaConfig` or `MistralConfig`.

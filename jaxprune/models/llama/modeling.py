@@ -5,72 +5,23 @@ Pre-RMSNorm, rotary positions, SwiGLU, grouped-query attention. Two ways through
 token a row. Layers are a plain list, so that every layer can own a cache of its own length.
 """
 
-import functools
 from typing import Any
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxprune.models.activations import ACTIVATIONS
+from jaxprune.models.family import LayerCache, Prefilled
 from jaxprune.models.llama.config import LlamaConfig
 from jaxprune.ops import rope
 from jaxprune.ops.attention import Watch, attention, cached_attention, causal_attention
-from jaxprune.ops.cuts import AFTER_ATTENTION, BETWEEN_LAYERS, NO_CUTS, Schedule
+from jaxprune.ops.cuts import AFTER_ATTENTION, BETWEEN_LAYERS, NO_CUTS, LayerView, Schedule, Tokens
 
 
-class Tokens(flax.struct.PyTreeNode):
-    """A padded batch of embedded tokens; slot order is causal order.
-
-    Attributes:
-        x: `[B, S, D]` hidden states.
-        positions: int32 `[B, S]`, carried along, never implied by the slot.
-        valid: bool `[B, S]`; a slot that is not valid is padding.
-        kind: int32 `[B, S]`, what a token is to a schedule: see `ops.schedule`.
-    """
-
-    x: jax.Array
-    positions: jax.Array
-    valid: jax.Array
-    kind: jax.Array
-
-
-class LayerCache(flax.struct.PyTreeNode):
-    """One layer's keys and values, with room for the tokens still to come.
-
-    Attributes:
-        k: `[B * key/value heads, S + new, d]`, rotated. One axis for rows and heads is what
-            a batched product takes: with two, XLA on a CPU copies the cache at every step.
-            On a device mesh it is two, `[B, key/value heads, S + new, d]`, each on its own axis.
-        v: as `k`.
-        valid: bool `[B, S + new]`. Every layer has its own, so that all can be donated.
-        length: int32 `[]`, S: generated token i goes to slot S + i of every row.
-    """
-
-    k: jax.Array
-    v: jax.Array
-    valid: jax.Array
-    length: jax.Array
-
-
-class Prefilled(flax.struct.PyTreeNode):
-    """A prompt behind the last layer.
-
-    Attributes:
-        tokens: what is left of it; `x` is `[B, S', D]`, before the last norm.
-        caches: one a layer, of what entered its attention.
-        records: for each layer that drops tokens, what `schedule.record` noted behind it:
-            positions int32 `[B, S_l]` and valid bool `[B, S_l]` of what it left.
-    """
-
-    tokens: Tokens
-    caches: tuple[LayerCache, ...]
-    records: tuple[Any, ...]
-
-
-def rope_frequencies(config: LlamaConfig, length: jax.Array) -> jax.Array:
-    """Inverse frequencies `[d / 2]`, or `[B, d / 2]` where they follow the length `[B]`."""
+def rope_frequencies(config: LlamaConfig, length: Int[Array, " B"]) -> Float[Array, "*B f"]:
+    """Inverse frequencies `[d / 2]`, or `[B, d / 2]` where they follow the rows' lengths."""
     scaling = config.rope_scaling
     if scaling.kind == "dynamic":
         return rope.dynamic_frequencies(
@@ -108,23 +59,19 @@ class LlamaAttention(nn.Module):
         self.v_proj = dense(c.num_key_value_heads * c.head_dim)
         self.o_proj = dense(c.hidden_size)
 
-    def qkv(
-        self, x: jax.Array, positions: jax.Array, inv_freq: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """`[B, T, D]` -> q `[B, H, T, d]`, k and v `[B, key/value heads, T, d]`, rotated."""
+    def qkv(self, x: Float[Array, "B Q D"]) -> tuple[Array, Array, Array]:
+        """q `[B, H, Q, d]`, k and v `[B, J, Q, d]`, not rotated."""
 
-        def heads(y: jax.Array) -> jax.Array:
+        def heads(y: Array) -> Array:
             return y.reshape(*y.shape[:2], -1, self.config.head_dim).swapaxes(1, 2)
 
-        q = rope.rotate(heads(self.q_proj(x)), positions, inv_freq)
-        k = rope.rotate(heads(self.k_proj(x)), positions, inv_freq)
-        return q, k, heads(self.v_proj(x))
+        return heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
 
 
-def join_heads(heads: jax.Array) -> jax.Array:
-    """`[B, H, T, d]` -> `[B, T, H * d]`."""
-    B, _, T, _ = heads.shape
-    return heads.swapaxes(1, 2).reshape(B, T, -1)
+def join_heads(heads: Float[Array, "B H Q d"]) -> Float[Array, "B Q Hd"]:
+    """The heads of every token side by side."""
+    B, _, Q, _ = heads.shape
+    return heads.swapaxes(1, 2).reshape(B, Q, -1)
 
 
 class LlamaMLP(nn.Module):
@@ -140,7 +87,7 @@ class LlamaMLP(nn.Module):
         self.up_proj = dense(c.intermediate_size)
         self.down_proj = dense(c.hidden_size)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "*any D"]) -> Float[Array, "*any D"]:
         act = ACTIVATIONS[self.config.hidden_act]
         return self.down_proj(act(self.gate_proj(x)) * self.up_proj(x))
 
@@ -161,41 +108,38 @@ class LlamaLayer(nn.Module):
 
     def attend(
         self,
-        x: jax.Array,
-        positions: jax.Array,
-        inv_freq: jax.Array,
-        valid: jax.Array,
-        mask: jax.Array | None = None,
+        tokens: Tokens,
+        angles: Float[Array, "B S f"],
+        mask: Bool[Array, "#B S S"] | None = None,
         watch: Watch | None = None,
-    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
-        """Attention among `[B, S, D]`: heads `[B, S, H * d]`, k, v, and what `watch` asks for."""
-        q, k, v = self.self_attn.qkv(self.input_layernorm(x), positions, inv_freq)
+    ) -> tuple[Float[Array, "B S Hd"], Array, LayerView]:
+        """Attention among a prompt's tokens: the heads, the values, and what a ranker sees."""
+        plain_q, plain_k, v = self.self_attn.qkv(self.input_layernorm(tokens.x))
+        q, k = rope.rotate(plain_q, angles), rope.rotate(plain_k, angles)
         if mask is not None:
-            return join_heads(attention(q, k, v, mask)), k, v, None
-        heads, received = causal_attention(q, k, v, valid, watch)
-        return join_heads(heads), k, v, received
+            heads, received = attention(q, k, v, mask), None
+        else:
+            heads, received = causal_attention(q, k, v, tokens.valid, watch)
+        view = LayerView(tokens, received, tokens.x, None, q, k, plain_q, plain_k)
+        return join_heads(heads), v, view
 
     def attend_cached(
         self,
-        x: jax.Array,
-        positions: jax.Array,
-        inv_freq: jax.Array,
+        x: Float[Array, "B 1 D"],
+        angles: Float[Array, "B 1 f"],
         cache: LayerCache,
-        step: jax.Array,
-    ) -> tuple[jax.Array, LayerCache]:
-        """One new token a row, `[B, 1, D]`, against the cache, which takes it in: its heads."""
-        q, k, v = self.self_attn.qkv(self.input_layernorm(x), positions, inv_freq)
-        slot = cache.length + step
-        seen = jnp.ones((x.shape[0], 1), bool)
-        update = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot)
-        cache = cache.replace(
-            k=update(cache.k, _merge_heads(k), axis=cache.k.ndim - 2),
-            v=update(cache.v, _merge_heads(v), axis=cache.v.ndim - 2),
-            valid=update(cache.valid, seen, axis=1),
-        )
+        step: Int[Array, " B"],
+        active: Bool[Array, " B"],
+    ) -> tuple[Float[Array, "B 1 Hd"], LayerCache]:
+        """One new token a row against the cache, which takes it in: its heads."""
+        q, k, v = self.self_attn.qkv(self.input_layernorm(x))
+        q, k = rope.rotate(q, angles), rope.rotate(k, angles)
+        cache = _with_token(cache, k, v, cache.length + step, active)
         return join_heads(cached_attention(q, cache.k, cache.v, cache.valid)), cache
 
-    def feed_forward(self, x: jax.Array, heads: jax.Array) -> jax.Array:
+    def feed_forward(
+        self, x: Float[Array, "B Q D"], heads: Float[Array, "B Q Hd"]
+    ) -> Float[Array, "B Q D"]:
         """The rest of the layer: output projection and MLP, each with its residual."""
         x = x + self.self_attn.o_proj(heads)
         return x + self.mlp(self.post_attention_layernorm(x))
@@ -216,20 +160,16 @@ class LlamaDecoder(nn.Module):
                 c.vocab_size, use_bias=False, dtype=c.dtype, param_dtype=c.dtype
             )
 
-    def __call__(self, token_ids: jax.Array) -> jax.Array:
-        """Text alone: int32 `[B, S]` -> float32 logits `[B, S, vocabulary]`."""
-        positions = jnp.broadcast_to(jnp.arange(token_ids.shape[1]), token_ids.shape)
-        valid = jnp.ones(token_ids.shape, bool)
-        kind = jnp.zeros(token_ids.shape, jnp.int32)
-        tokens = Tokens(self.embed(token_ids), positions, valid, kind)
-        return self.logits(self.prefill(tokens, new_slots=0).tokens.x)
+    def __call__(self, token_ids: Int[Array, "B S"]) -> Float[Array, "B S V"]:
+        """Text alone -> float32 logits."""
+        return self.logits(self.prefill(text_tokens(self.embed(token_ids)), new_slots=0).tokens.x)
 
-    def embed(self, token_ids: jax.Array) -> jax.Array:
-        """int32 `[B, S]` -> `[B, S, D]`."""
+    def embed(self, token_ids: Int[Array, "B S"]) -> Float[Array, "B S D"]:
+        """Token ids as hidden states."""
         return self.embed_tokens(token_ids)
 
-    def logits(self, x: jax.Array) -> jax.Array:
-        """Hidden states `[..., D]`, not yet normed -> float32 logits `[..., vocabulary]`."""
+    def logits(self, x: Float[Array, "*any D"]) -> Float[Array, "*any V"]:
+        """Hidden states, not yet normed -> float32 logits."""
         x = self.norm(x)
         head = self.embed_tokens.attend if self.config.tie_word_embeddings else self.lm_head
         return head(x).astype(jnp.float32)
@@ -239,7 +179,7 @@ class LlamaDecoder(nn.Module):
         tokens: Tokens,
         *,
         new_slots: int,
-        mask: jax.Array | None = None,
+        mask: Bool[Array, "#B S S"] | None = None,
         schedule: Schedule = NO_CUTS,
         counts: Any = None,
     ) -> Prefilled:
@@ -248,64 +188,111 @@ class LlamaDecoder(nn.Module):
         Args:
             tokens: the embedded prompt.
             new_slots: room in the caches for tokens to be generated.
-            mask: bool `[B or 1, S, S]` instead of the causal one, for packed training rows
-                without a schedule.
+            mask: instead of the causal one, for packed training rows without a schedule.
             schedule: where and how tokens are dropped.
-            counts: int32 `[L, B]`, candidates left behind each layer; for a schedule.
+            counts: int32 `[L, B]`, candidates left after each layer; for a schedule.
         """
-        length = jnp.max(jnp.where(tokens.valid, tokens.positions, -1), axis=-1) + 1
+        length = _next_position(tokens)
         inv_freq = rope_frequencies(self.config, length)
         caches, records = [], []
         for l, layer in enumerate(self.layers):
             watch = schedule.watch(l, tokens)
-            heads, k, v, received = layer.attend(
-                tokens.x, tokens.positions, inv_freq, tokens.valid, mask, watch
-            )
-            caches.append(_new_cache(k, v, tokens.valid, new_slots))
+            angles = rope.angles(tokens.positions, inv_freq)
+            heads, v, view = layer.attend(tokens, angles, mask, watch)
+            shift = length - _next_position(tokens) if schedule.renumber else None
+            caches.append(_new_cache(view.k, v, tokens.valid, new_slots, shift))
             # The heads go along, so that the output projection is spared the dropped tokens.
-            tokens, heads = schedule.apply(AFTER_ATTENTION, l, (tokens, heads), received, counts)
-            tokens = tokens.replace(x=layer.feed_forward(tokens.x, heads))
-            (tokens,) = schedule.apply(BETWEEN_LAYERS, l, (tokens,), received, counts)
+            tokens, heads = schedule.apply(AFTER_ATTENTION, l, tokens, heads, view, counts)
+            tokens = tokens._replace(x=layer.feed_forward(tokens.x, heads))
             if l in schedule.layers:
-                records.append(schedule.record(tokens, received))
+                after = view._replace(after=tokens.x)
+                tokens, _ = schedule.apply(BETWEEN_LAYERS, l, tokens, (), after, counts)
+                records.append(schedule.record(tokens, after))
         return Prefilled(tokens, tuple(caches), tuple(records))
 
     def decode(
         self,
-        token_ids: jax.Array,
-        positions: jax.Array,
+        token_ids: Int[Array, " B"],
+        positions: Int[Array, " B"],
         caches: tuple[LayerCache, ...],
-        step: jax.Array,
-    ) -> tuple[jax.Array, tuple[LayerCache, ...]]:
+        step: Int[Array, " B"],
+        active: Bool[Array, " B"],
+    ) -> tuple[Float[Array, "B V"], tuple[LayerCache, ...]]:
         """One generated token a row through all layers.
 
         Args:
-            token_ids: int32 `[B]`.
-            positions: int32 `[B]`.
+            token_ids: int32.
+            positions: int32, where the tokens go.
             caches: one a layer.
-            step: int32 `[]`, how many generated tokens the caches hold already.
+            step: int32, how many generated tokens a row's caches hold already.
+            active: rows that take part; the others' caches stay as they are.
 
         Returns:
-            float32 logits `[B, vocabulary]` for the next token, and the caches.
+            float32 logits for the next token, and the caches.
         """
         x = self.embed(token_ids[:, None])
         inv_freq = rope_frequencies(self.config, positions + 1)
         updated = []
         for layer, cache in zip(self.layers, caches, strict=True):
-            heads, cache = layer.attend_cached(x, positions[:, None], inv_freq, cache, step)
+            own = positions if cache.shift is None else positions - cache.shift
+            angles = rope.angles(own[:, None], inv_freq)
+            heads, cache = layer.attend_cached(x, angles, cache, step, active)
             updated.append(cache)
             x = layer.feed_forward(x, heads)
         return self.logits(x[:, 0]), tuple(updated)
 
 
-def _merge_heads(x: jax.Array) -> jax.Array:
-    """`[B, key/value heads, S, d]` -> `[B * key/value heads, S, d]`, but not on a mesh."""
+def text_tokens(x: Float[Array, "B S D"]) -> Tokens:
+    """Embedded text without padding, for a decoder on its own."""
+    slots = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
+    return Tokens(x, slots, jnp.ones(x.shape[:2], bool), jnp.zeros_like(slots), slots)
+
+
+def _next_position(tokens: Tokens) -> Int[Array, " B"]:
+    """The position after a row's last one."""
+    positions = tokens.positions
+    if positions.ndim == 3:
+        positions = positions.max(axis=0)
+    return jnp.max(jnp.where(tokens.valid, positions, -1), axis=-1) + 1
+
+
+def _with_token(
+    cache: LayerCache,
+    k: Float[Array, "B J 1 d"],
+    v: Float[Array, "B J 1 d"],
+    slot: Int[Array, " B"],
+    active: Bool[Array, " B"],
+) -> LayerCache:
+    """The cache with a token more in every row, each in a slot of its own."""
+    B, J = k.shape[:2]
+    rows = jnp.arange(B)
+
+    def put(cached: Array, new: Array) -> Array:
+        if cached.ndim == 4:  # on a mesh
+            at, values = (rows[:, None], jnp.arange(J), slot[:, None]), new[:, :, 0]
+        else:
+            at, values = (jnp.arange(B * J), jnp.repeat(slot, J)), new.reshape(B * J, -1)
+        return cached.at[at].set(values, unique_indices=True, indices_are_sorted=True)
+
+    # A row that rests writes into a slot that it will fill later, but does not count it.
+    valid = cache.valid.at[rows, slot].set(active, unique_indices=True, indices_are_sorted=True)
+    return cache._replace(k=put(cache.k, k), v=put(cache.v, v), valid=valid)
+
+
+def _merge_heads(x: Float[Array, "B J S d"]) -> Float[Array, "*BJ S d"]:
+    """Rows and key/value heads as one axis, but not on a mesh."""
     on_mesh = not jax.sharding.get_abstract_mesh().empty
     return x if on_mesh else x.reshape(-1, *x.shape[2:])
 
 
-def _new_cache(k: jax.Array, v: jax.Array, valid: jax.Array, new_slots: int) -> LayerCache:
-    def with_room(x: jax.Array, axis: int) -> jax.Array:
+def _new_cache(
+    k: Float[Array, "B J S d"],
+    v: Float[Array, "B J S d"],
+    valid: Bool[Array, "B S"],
+    new_slots: int,
+    shift: Int[Array, " B"] | None,
+) -> LayerCache:
+    def with_room(x: Array, axis: int) -> Array:
         return jnp.pad(x, [(0, new_slots if i == axis else 0) for i in range(x.ndim)])
 
     k, v = _merge_heads(k), _merge_heads(v)
@@ -313,5 +300,6 @@ def _new_cache(k: jax.Array, v: jax.Array, valid: jax.Array, new_slots: int) -> 
         k=with_room(k, k.ndim - 2),
         v=with_room(v, v.ndim - 2),
         valid=with_room(valid, 1),
-        length=jnp.asarray(valid.shape[1], jnp.int32),
+        length=jnp.full(valid.shape[0], valid.shape[1], jnp.int32),
+        shift=shift,
     )

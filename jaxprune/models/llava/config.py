@@ -2,14 +2,14 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from jaxprune.errors import UserError
 from jaxprune.models.activations import ACTIVATIONS
-from jaxprune.models.clip.config import ClipVisionConfig
+from jaxprune.models.clip.config import ClipTower, ClipVisionConfig
 from jaxprune.models.config import mapping, refuse_unknown, require
 from jaxprune.models.llama.config import LlamaConfig
-from jaxprune.ops.tiles import Tiling, one_tile
+from jaxprune.ops.tiles import Tiling, VisualSize, one_tile
 
 _WHERE = "The LLaVA config"
 
@@ -17,6 +17,8 @@ _WHERE = "The LLaVA config"
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LlavaConfig:
     """LLaVA-1.5 (arXiv 2310.03744); the defaults are the 7B model."""
+
+    family: ClassVar[str] = "llava"
 
     vision_config: ClipVisionConfig = ClipVisionConfig()  # noqa: RUF009  frozen
     text_config: LlamaConfig = LlamaConfig()  # noqa: RUF009  frozen
@@ -57,14 +59,21 @@ class LlavaConfig:
         return self.vision_feature_select_strategy == "full"
 
     @property
+    def tower(self) -> ClipTower:
+        return ClipTower(self.vision_config, self.feature_layers)
+
+    @property
     def num_image_tokens(self) -> int:
         """Visual tokens of the image that has the most of them, before pruning."""
         return self.most_tokens(self.most_tiles)
 
     @property
     def most_tiles(self) -> int:
-        """Tiles of the image that has the most of them."""
         return 1
+
+    @property
+    def position_axes(self) -> tuple[int, ...]:
+        return ()
 
     def most_tokens(self, tiles: int) -> int:
         """The most visual tokens that an image of up to so many tiles has before pruning."""
@@ -73,13 +82,16 @@ class LlavaConfig:
 
     @property
     def one_tile(self) -> bool:
-        """Whether every image is a single tile, and so has as many tokens as any other."""
         return True
 
-    def tiling(self, height: int, width: int) -> Tiling:
-        """How an image of so many pixels is seen: here as one square, whatever its shape."""
-        del height, width
-        return one_tile(self.vision_config.num_patches)
+    def tiling(self, size: VisualSize) -> Tiling:
+        """How an image is seen: here as one square, whatever its shape."""
+        del size
+        return one_tile(self.vision_config.num_patches, cls=self.keep_cls)
+
+    def mesh_splits(self) -> dict[str, int]:
+        """What a mesh's "model" axis has to divide."""
+        return {**self.text_config.mesh_splits(), **self.vision_config.mesh_splits()}
 
     @property
     def dtype(self) -> str:
@@ -158,7 +170,7 @@ class LlavaConfig:
         layer = self.vision_feature_layer
         return {
             "architectures": ["LlavaForConditionalGeneration"],
-            "model_type": "llava",
+            "model_type": self.family,
             "vision_config": self.vision_config.to_hf(),
             "text_config": self.text_config.to_hf(),
             "image_token_index": self.image_token_index,

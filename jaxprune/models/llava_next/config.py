@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from jaxprune.errors import UserError
 from jaxprune.models.clip.config import ClipVisionConfig
 from jaxprune.models.llama.config import LlamaConfig
 from jaxprune.models.llava.config import LlavaConfig
-from jaxprune.ops.tiles import NEWLINE, Tiling
+from jaxprune.ops.tiles import NEWLINE, Tiling, VisualSize
 
 _WHERE = "The LLaVA-NeXT config"
 _DEFAULT_PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
@@ -28,6 +28,8 @@ class LlavaNextConfig(LlavaConfig):
     """
 
     image_grid_pinpoints: Pinpoints = _DEFAULT_PINPOINTS
+
+    family: ClassVar[str] = "llava_next"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,15 +58,15 @@ class LlavaNextConfig(LlavaConfig):
 
     def _fullest(self) -> list[Tiling]:
         """For each choice the tiling of an image that needs no padding there."""
-        return [self.tiling(*point) for point in self.image_grid_pinpoints]
+        return [self.tiling(VisualSize(*point)) for point in self.image_grid_pinpoints]
 
     @property
     def one_tile(self) -> bool:
         return False
 
-    def tiling(self, height: int, width: int) -> Tiling:
-        """The tiles of an image of so many pixels, its padding and newlines."""
-        c = self.vision_config
+    def tiling(self, size: VisualSize) -> Tiling:
+        """The tiles of an image, its padding and newlines."""
+        c, (height, width, _) = self.vision_config, size
         return anyres(height, width, self.image_grid_pinpoints, c.image_size, c.grid_size)
 
     @classmethod
@@ -142,7 +144,6 @@ class LlavaNextConfig(LlavaConfig):
         return {
             **super().to_hf(),
             "architectures": ["LlavaNextForConditionalGeneration"],
-            "model_type": "llava_next",
             "image_seq_length": self.vision_config.num_patches,
             "image_grid_pinpoints": [list(point) for point in self.image_grid_pinpoints],
         }

@@ -6,50 +6,30 @@ they make up an image is told by `LlavaNextConfig.tiling`.
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
-from jaxprune.models.llava import modeling as llava
-from jaxprune.models.llava.modeling import (
-    Params,
-    decode,
-    embed,
-    encode_image,
-    logits,
-    prefill,
-    project,
-)
-from jaxprune.models.llava_next.config import LlavaNextConfig
+from jaxprune.models.family import Arrays
+from jaxprune.models.llava.config import LlavaConfig
+from jaxprune.models.llava.modeling import LlavaStages
 from jaxprune.ops.tiles import NEWLINE
 from jaxprune.ops.visual import Selection
 
 
-def visual_embeddings(params: Params, config: LlavaNextConfig, selection: Selection) -> jax.Array:
-    """The selected visual tokens as the decoder takes them, newlines included: `[I, K, D]`."""
-    visual = project(params, config, selection.tokens)
-    newline = (selection.indices == NEWLINE)[..., None]
-    return jnp.where(newline, params["image_newline"].astype(visual.dtype), visual)
+class LlavaNextStages(LlavaStages):
+    """LLaVA's stages with newlines."""
 
+    def visual_embeddings(
+        self, params: Arrays, config: LlavaConfig, selection: Selection
+    ) -> Float[Array, "I K D"]:
+        """The selected visual tokens as the decoder takes them, newlines included."""
+        visual = super().visual_embeddings(params, config, selection)
+        newline = (selection.indices == NEWLINE)[..., None]
+        return jnp.where(newline, params["image_newline"].astype(visual.dtype), visual)
 
-def init_params(config: LlavaNextConfig, key: jax.Array) -> Params:
-    """Random parameters, for training from scratch and for tests."""
-    rest, newline = jax.random.split(key)
-    width = config.text_config.hidden_size
-    drawn = jax.random.normal(newline, (width,), config.dtype) * width**-0.5
-    return {**llava.init_params(config, rest), "image_newline": drawn.astype(config.dtype)}
-
-
-def param_shapes(config: LlavaNextConfig) -> Params:
-    """The parameters' shapes and dtypes, without any memory."""
-    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-
-
-__all__ = [
-    "decode",
-    "embed",
-    "encode_image",
-    "init_params",
-    "logits",
-    "param_shapes",
-    "prefill",
-    "project",
-    "visual_embeddings",
-]
+    def init_params(self, config: LlavaConfig, key: Array) -> Arrays:
+        """Random parameters, for training from scratch and for tests."""
+        rest, newline = jax.random.split(key)
+        width = config.text_config.hidden_size
+        drawn = jax.random.normal(newline, (width,), config.dtype) * width**-0.5
+        newline_only = {"image_newline": drawn.astype(config.dtype)}
+        return {**super().init_params(config, rest), **newline_only}

@@ -1,0 +1,98 @@
+"""Options that several commands share, and what is read from their text."""
+
+import inspect
+import json
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
+
+import typer
+
+from jaxprune.errors import UserError
+
+ModelOption = Annotated[
+    pathlib.Path | None,
+    typer.Option("--model", help="Model directory; without it, the small model that ships."),
+]
+TowerOption = Annotated[
+    pathlib.Path | None,
+    typer.Option("--vision-tower", help="The CLIP tower's directory, for original-format models."),
+]
+DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+MethodOption = Annotated[
+    str,
+    typer.Option(help="Pruning method, a recipe's path, or a pair with a comma between."),
+]
+KeepOption = Annotated[int | None, typer.Option(help="Visual tokens to keep of each image.")]
+SaveOption = Annotated[
+    float | None, typer.Option(help="fitprune: share of the visual tokens' FLOPs to save.")
+]
+KeepRateOption = Annotated[
+    float | None, typer.Option(help="psigmoid, fastv, pyramiddrop: share of tokens to keep.")
+]
+ExtraOption = Annotated[
+    list[str] | None,
+    typer.Option("--option", help="Any other option of the method, e.g. --option c=4.0."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+def parse_method(text: str) -> str | tuple[str, ...]:
+    """The text of --method: a name or path, or several with commas between."""
+    parts = tuple(part.strip() for part in text.split(","))
+    return parts[0] if len(parts) == 1 else parts
+
+
+def method_options(
+    extra: Sequence[str] | None,
+    function: Callable[..., Any] | None = None,
+    **named: float | None,
+) -> dict[str, Any]:
+    """A method's options.
+
+    Args:
+        extra: the texts of --option, name=value; values are read as JSON where they are.
+        function: what the command passes them to; its parameters are none of a method's.
+        **named: those that the command has an option of its own for.
+
+    Raises:
+        UserError: for a text without a value, or the name of what a method does not decide.
+    """
+    options: dict[str, Any] = dict(named)
+    taken = _taken(function) if extra else frozenset()
+    for text in extra or ():
+        name, value = _parse_option(text)
+        if name in taken:
+            raise UserError(
+                f"--option sets options of a method, and {name} is none; see `jaxprune methods` "
+                "for those, and --help for the command's own."
+            )
+        options[name] = value
+    return options
+
+
+def _parse_option(text: str) -> tuple[str, Any]:
+    name, equals, written = text.partition("=")
+    if not equals:
+        raise UserError(f"--option is {text!r}; expected name=value.")
+    try:
+        value = json.loads(written)
+    except ValueError:
+        value = written
+    name = name.strip().replace("-", "_")
+    return name, tuple(value) if isinstance(value, list) else value
+
+
+def _taken(function: Callable[..., Any] | None) -> frozenset[str]:
+    """Names of parameters that stand beside a method's options, in `function` and `generate`."""
+    import jaxprune
+
+    # `generate` hands its seed on to the method "random", which has an option of that name.
+    of_methods = {name for cls in jaxprune.METHODS.values() for name in _parameters(cls)}
+    taken = _parameters(jaxprune.generate) - of_methods
+    return taken if function is None else taken | _parameters(function)
+
+
+def _parameters(function: Callable[..., Any]) -> frozenset[str]:
+    parameters = inspect.signature(function).parameters.values()
+    return frozenset(p.name for p in parameters if p.kind is not p.VAR_KEYWORD)

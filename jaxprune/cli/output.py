@@ -1,0 +1,24 @@
+"""Where commands write: results to stdout, notes and errors to stderr, files that are new."""
+
+import pathlib
+
+from rich.console import Console
+from rich.table import Table
+
+from jaxprune.errors import UserError
+
+stderr = Console(stderr=True)
+_WIDTH = 120  # of tables whose columns do not fit into a narrow terminal
+
+
+def print_wide(table: Table) -> None:
+    """Print a table in at least 120 columns; in a file or a pipe there are 80 otherwise."""
+    Console(width=max(_WIDTH, Console().width)).print(table)
+
+
+def refuse_existing(path: pathlib.Path) -> None:
+    """Raise `UserError` unless a file of this name can be made."""
+    if path.exists():
+        raise UserError(f"{path} exists; name a file that does not, nothing is overwritten.")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"{path.absolute().parent} is no directory; make it first.")

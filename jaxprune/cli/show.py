@@ -1,0 +1,73 @@
+"""`jaxprune show`."""
+
+import pathlib
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from jaxprune.cli.options import (
+    DtypeOption,
+    ExtraOption,
+    KeepOption,
+    KeepRateOption,
+    MethodOption,
+    ModelOption,
+    SaveOption,
+    TowerOption,
+    method_options,
+    parse_method,
+)
+from jaxprune.cli.output import refuse_existing, stderr
+from jaxprune.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+def show(
+    image: Annotated[pathlib.Path, typer.Option(help="An image file.")],
+    prompt: Annotated[str, typer.Option(help="What to ask.")],
+    out: Annotated[pathlib.Path, typer.Option(help="The picture to write, e.g. kept.png.")],
+    method: MethodOption,
+    layers: Annotated[
+        str | None, typer.Option(help="Decoder layers to show, from 0, e.g. 2,8,16.")
+    ] = None,
+    model: ModelOption = None,
+    keep: KeepOption = None,
+    save: SaveOption = None,
+    keep_rate: KeepRateOption = None,
+    option: ExtraOption = None,
+    vision_tower: TowerOption = None,
+    dtype: DtypeOption = "auto",
+) -> None:
+    """Draw the patches that survive, before the decoder and behind some of its layers."""
+    import jaxprune
+    from jaxprune.reports.kept_patches import kept_over_depth
+
+    refuse_existing(out)
+    chosen = _parse_layers(layers)
+    picture = kept_over_depth(
+        jaxprune.load(model, dtype=dtype, vision_tower=vision_tower),
+        image,
+        prompt,
+        method=parse_method(method),
+        layers=chosen,
+        **method_options(option, kept_over_depth, keep=keep, save=save, keep_rate=keep_rate),
+    )
+    _write(picture, out)
+    stderr.print(f"{out}: {picture.width} x {picture.height} pixels.")
+
+
+def _parse_layers(text: str | None) -> list[int] | None:
+    try:
+        return None if text is None else [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"--layers is {text!r}; expected numbers, e.g. 2,8,16.") from None
+
+
+def _write(picture: "Image.Image", out: pathlib.Path) -> None:
+    try:
+        picture.save(out)
+    except (OSError, ValueError) as error:
+        out.unlink(missing_ok=True)
+        raise UserError(f"Cannot write {out} ({error}).") from None

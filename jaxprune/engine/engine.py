@@ -1,0 +1,445 @@
+"""A model on its devices, under one plan and one list of buckets: the one place that runs stages.
+
+    encode   pixels of tiles -> features                       look at images
+    select   features -> the visual tokens that are left
+    lay_out  rows and their images -> a prompt of a bucket's size   (host)
+    read     a prompt -> the state after its first token       read a prompt
+    write    a state -> the same some tokens further           write tokens
+    record, score   prompts with answers, for calibration
+
+Every array that enters a jitted stage has the size of a bucket. Numbers alone come back to the
+host before an answer does: how many tokens an adaptive method keeps. Warm-up calls the same
+methods with empty requests of every size.
+"""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxprune.devices.compilation import covered
+from jaxprune.devices.memory import free_bytes, told_if_exhausted
+from jaxprune.devices.mesh import devices_of, devices_sharing, mesh_of, on_mesh, spread, to_host
+from jaxprune.engine import stages
+from jaxprune.engine.buckets import Buckets
+from jaxprune.engine.footprint import check_memory, check_tower_memory
+from jaxprune.engine.lengths import candidates_left, gather_schedule, mask_schedule
+from jaxprune.engine.sampling import Ask, Sampling, make_sampling
+from jaxprune.engine.shapes import ImageShape, Lengths, Shapes
+from jaxprune.engine.stages import DecodeState
+from jaxprune.errors import UserError
+from jaxprune.inputs.layout import (
+    NO_IMAGES,
+    ImageRoom,
+    Layout,
+    lay_out,
+    row_length,
+    text_room,
+    visual_length,
+)
+from jaxprune.inputs.request import Row
+from jaxprune.methods.base import Plan
+from jaxprune.model import Params
+from jaxprune.models.registry import depth_of
+from jaxprune.ops.cuts import NO_CUTS, Schedule, Tokens
+from jaxprune.ops.tiles import Packing, Questions, Tiling, pack_tilings
+from jaxprune.ops.visual import Selection, Signal, VisionOutput
+
+T = TypeVar("T")
+
+
+class Clock:
+    """Seconds by stage, of one request.
+
+    Args:
+        timed: wait for every stage, so that `seconds` tells them apart.
+    """
+
+    def __init__(self, *, timed: bool = False) -> None:
+        self.timed = timed
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def stage(self, name: str, **shape: Any) -> Iterator[dict[str, Any]]:
+        """Add up a stage's seconds; under `no_compilation`, refuse shapes that are not warm.
+
+        Yields:
+            The shape, to which the stage can add what it finds.
+        """
+        began = time.perf_counter()
+        with covered(name, shape), told_if_exhausted():
+            yield shape
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+
+    def wait(self, found: T) -> T:
+        """What a stage gave, once it is there if stages are to be told apart."""
+        return jax.block_until_ready(found) if self.timed else found
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """Images after the vision tower.
+
+    Attributes:
+        vision: features and signals of all tiles.
+        packing: how they make up the images.
+        shape: the room that there is.
+        tilings: one an image; rooms without an image have none.
+    """
+
+    vision: VisionOutput
+    packing: Packing
+    shape: ImageShape
+    tilings: Sequence[Tiling]
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """Images after pruning: their visual tokens, and what they take up in a row."""
+
+    selection: Selection | None
+    room: ImageRoom
+
+
+NOTHING_SEEN = Seen(None, NO_IMAGES)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """A batch of rows, laid out for the decoder.
+
+    Attributes:
+        layout: where every token goes.
+        lengths: the buckets of a row.
+        schedule: what the decoder drops.
+        left: int32 `[L, B]`, candidates that it leaves, or None.
+        rows: rows in use.
+        new_slots: room for new tokens.
+    """
+
+    layout: Layout
+    lengths: Lengths
+    schedule: Schedule
+    left: np.ndarray | None
+    rows: int
+    new_slots: int
+
+    @property
+    def batch(self) -> int:
+        return len(self.layout.next_position)
+
+
+@dataclasses.dataclass(frozen=True)
+class Read:
+    """A prompt after its prefill.
+
+    Attributes:
+        state: where decoding begins, with the first token.
+        first_logits: float32 `[B, V]`, of that token.
+        survivors: for each layer that drops tokens, who is left; see `Schedule.record`.
+    """
+
+    state: DecodeState
+    first_logits: Float[Array, "B V"]
+    survivors: tuple[tuple[Array, ...], ...]
+
+
+class Engine:
+    """See the module.
+
+    Args:
+        model: arrays, config and processor.
+        plan: what prunes.
+        buckets: the shapes that may be compiled.
+        signals: what the tower has to give besides what the plan asks for.
+        gather: shorten sequences where the decoder drops tokens; False masks them, which is
+            slower and gives the same.
+
+    Raises:
+        UserError: for a plan that the model cannot follow.
+    """
+
+    def __init__(
+        self,
+        model: Params,
+        plan: Plan,
+        buckets: Buckets,
+        *,
+        signals: frozenset[Signal] = frozenset(),
+        gather: bool = True,
+    ) -> None:
+        if not isinstance(buckets, Buckets):
+            raise UserError(f"buckets is a {type(buckets).__name__}; expected jaxprune.Buckets.")
+        if model.processor is None:
+            raise UserError("params have no processor; load them with jaxprune.load.")
+        self.arrays, self.config, self.processor = model.arrays, model.config, model.processor
+        self.plan, self.buckets, self.gather = plan, buckets, gather
+        self.depth = depth_of(self.config)
+        self.shapes = Shapes(buckets, self.config, plan.vision)
+        self.mesh, self.devices = mesh_of(self.arrays), devices_of(self.arrays)
+        self.eos = np.asarray(self.processor.eos_token_ids or (-1,), np.int32)
+        self.signals = signals if plan.vision is None else signals | plan.vision.signals
+        self.config.tower.check(self.signals)
+
+    # ---- images
+
+    def unpruned(self, tilings: Sequence[Tiling]) -> ImageRoom:
+        """What images take up before any pruning."""
+        counts = np.array([tiling.num_tokens for tiling in tilings], int)
+        return self._room(tilings, counts, int(counts.max(initial=0)))
+
+    def _room(self, tilings: Sequence[Tiling], counts: np.ndarray, capacity: int) -> ImageRoom:
+        method = self.plan.vision
+        whole = method is None or method.positions == "original"
+        extents = [tiling.num_positions for tiling in tilings] if whole else counts
+        fixed = np.array([tiling.num_cls for tiling in tilings], int)
+        return ImageRoom(counts, np.array(extents, int), fixed, capacity)
+
+    def encode(
+        self,
+        pixels: Float[np.ndarray, "f H W 3"],
+        tilings: Sequence[Tiling],
+        shape: ImageShape,
+        clock: Clock,
+        *,
+        tiles: int | None = None,
+    ) -> Encoded:
+        """Images through the tower.
+
+        Args:
+            pixels: of all their tiles.
+            tilings: one an image.
+            shape: the room for them.
+            clock: of the request.
+            tiles: room for the tiles of all of them; None: for as many of each.
+        """
+        tiles = shape.images * shape.tiles if tiles is None else tiles
+        check_tower_memory(
+            self.config,
+            tiles=tiles,
+            images=self.buckets.images,
+            image_tiles=shape.tiles,
+            devices=devices_sharing(self.mesh, tiles),
+            free=free_bytes(self.devices),
+        )
+        packing = pack_tilings(
+            tilings,
+            images=shape.images,
+            tiles=tiles,
+            image_tiles=shape.tiles,
+            slots=shape.slots,
+            axes=self.config.position_axes,
+        )
+        pixels = np.pad(pixels, ((0, tiles - len(pixels)), (0, 0), (0, 0), (0, 0)))
+        pixels, packing = spread((pixels, packing), self.mesh)
+        with on_mesh(self.mesh), clock.stage("encode", **shape._asdict()):
+            vision = stages.encode(self.arrays, pixels, config=self.config, signals=self.signals)
+            return Encoded(clock.wait(vision), packing, shape, tilings)
+
+    def select(
+        self,
+        encoded: Encoded,
+        *,
+        batch: int,
+        row_images: int,
+        questions: Sequence[Sequence[int]] = (),
+        capacity: int | None = None,
+        clock: Clock,
+    ) -> Seen:
+        """Prune encoded images.
+
+        Args:
+            encoded: the images.
+            batch: rows, a bucket.
+            row_images: images of the row that has the most.
+            questions: token ids of what is asked about each, for a method that reads them.
+            capacity: slots for each image; None goes by what is left of them.
+            clock: of the request.
+        """
+        shape, method, number = encoded.shape, self.plan.vision, len(encoded.tilings)
+        sizes = {**shape._asdict(), "batch": batch, "row_images": row_images}
+        with on_mesh(self.mesh), clock.stage("select", **sizes) as told:
+            asked = self._embedded(questions, shape) if self._reads_question else None
+            known = self.shapes.fixed_capacity(shape)
+            if known is not None:
+                counts = np.full(number, known)
+            elif method is None:
+                counts = self.unpruned(encoded.tilings).counts
+            else:  # the numbers that the host has to know
+                found = stages.count(encoded.vision, encoded.packing, asked, method)
+                counts = to_host(found)[:number]
+            if capacity is None:
+                capacity = known or self.shapes.of_selection(shape, int(counts.max()))
+            told["visual"] = capacity
+            selection = stages.select(
+                encoded.vision,
+                encoded.packing,
+                asked,
+                method,
+                capacity=capacity,
+                images=self.shapes.visual_slots(shape.images, batch, row_images),
+            )
+            clock.wait(selection)
+        return Seen(selection, self._room(encoded.tilings, counts, capacity))
+
+    @property
+    def _reads_question(self) -> bool:
+        return self.plan.vision is not None and self.plan.vision.reads_question
+
+    def _embedded(self, questions: Sequence[Sequence[int]], shape: ImageShape) -> Questions:
+        longest = max((len(question) for question in questions), default=1) or 1
+        width = self.buckets.fit("text", longest)
+        ids = np.full((shape.images, width), -1, np.int32)
+        for own, question in zip(ids, questions, strict=False):
+            own[: len(question)] = question
+        return stages.embed_questions(self.arrays, spread(ids, self.mesh), config=self.config)
+
+    # ---- prompts
+
+    def check_context(self, rows: Sequence[Row], counts: np.ndarray) -> None:
+        """Raise `UserError` when a row with so many visual tokens is over the model's context."""
+        longest = max(row_length(row, counts) for row in rows)
+        context = self.config.text_config.context_length
+        if longest >= context:
+            pruned = " or prune more" if any(row.images for row in rows) else ""
+            raise UserError(
+                f"The prompt is {longest} tokens long with its images, but the model's context "
+                f"is {context}; shorten it{pruned}."
+            )
+
+    def lengths_of(self, rows: Sequence[Row], seen: Seen) -> Lengths:
+        """The buckets of a batch's rows."""
+        room = seen.room
+        return self.shapes.of_rows(
+            max(text_room(row, room.fixed) for row in rows),
+            max(len(row.images) for row in rows),
+            room.capacity,
+            max(visual_length(row, room.counts) for row in rows),
+        )
+
+    def lay_out(
+        self, rows: Sequence[Row], seen: Seen, lengths: Lengths, *, batch: int, new_slots: int
+    ) -> Prompt:
+        """Rows and their images as a prompt of a bucket's size."""
+        layout = lay_out(rows, seen.room, batch=batch, sequence=sum(lengths))
+        method, schedule, left = self.plan.decoder, NO_CUTS, None
+        if method is not None and lengths.visual:
+            distinct = self.buckets.schedule_lengths
+            schedule = (
+                gather_schedule(method, self.depth, lengths, distinct=distinct)
+                if self.gather
+                else mask_schedule(method, self.depth, lengths)
+            )
+            left = candidates_left(method, self.depth, layout)
+        return Prompt(layout, lengths, schedule, left, len(rows), new_slots)
+
+    def sampling(self, asks: Sequence[Ask], batch: int) -> Sampling:
+        """What the rows of a batch ask for, on the devices."""
+        vocabulary = self.config.text_config.vocab_size
+        made = make_sampling(asks, batch=batch, vocab_size=vocabulary)
+        return Sampling(*(spread(x, self.mesh) for x in made))
+
+    def embed(self, prompt: Prompt, seen: Seen) -> Tokens:
+        """A prompt as the decoder's input."""
+        embedded = spread(prompt.layout.embedded, self.mesh)
+        with on_mesh(self.mesh):
+            return stages.embed(self.arrays, embedded, seen.selection, config=self.config)
+
+    def read(
+        self, prompt: Prompt, seen: Seen, sampling: Sampling, *, greedy: bool, clock: Clock
+    ) -> Read:
+        """A prompt through the decoder, up to the first token of every row."""
+        check_memory(
+            self.config,
+            batch=prompt.batch,
+            slots=sum(prompt.lengths),
+            schedule=prompt.schedule,
+            new_slots=prompt.new_slots,
+            batches=self.buckets.batch,
+            devices=devices_sharing(self.mesh, prompt.batch),
+            free=free_bytes(self.devices),
+        )
+        next_position = spread(prompt.layout.next_position, self.mesh)
+        left = spread(prompt.left, self.mesh, axis=1)
+        shape = {"batch": prompt.batch, **prompt.lengths._asdict(), "new_tokens": prompt.new_slots}
+        with on_mesh(self.mesh), clock.stage("prefill", **shape, greedy=greedy):
+            tokens = self.embed(prompt, seen)
+            found = stages.prefill(
+                self.arrays,
+                tokens,
+                left,
+                next_position,
+                np.int32(prompt.rows),
+                sampling,
+                self.eos,
+                config=self.config,
+                schedule=prompt.schedule,
+                new_slots=prompt.new_slots,
+                greedy=greedy,
+            )
+            return Read(*clock.wait(found))
+
+    # ---- answers
+
+    def write(
+        self,
+        state: DecodeState,
+        until: np.ndarray,
+        sampling: Sampling,
+        *,
+        greedy: bool,
+        clock: Clock,
+        **shape: int,
+    ) -> DecodeState:
+        """A state after so many tokens in every row, `[B]`, in one dispatch; it takes the old one.
+
+        `shape` is what a forbidden compilation is named by.
+        """
+        with on_mesh(self.mesh), clock.stage("decode", **shape, greedy=greedy):
+            return stages.decode(
+                self.arrays,
+                state,
+                spread(until.astype(np.int32), self.mesh),
+                sampling,
+                self.eos,
+                config=self.config,
+                greedy=greedy,
+            )
+
+    def record(
+        self, prompt: Prompt, seen: Seen, schedule: Schedule, counts: Any
+    ) -> tuple[tuple[np.ndarray, ...], ...]:
+        """What a schedule notes down of a prompt in every layer, in mask mode."""
+        found: tuple[tuple[np.ndarray, ...], ...] = jax.device_get(
+            stages.record(
+                self.arrays,
+                prompt.layout.embedded,
+                seen.selection,
+                counts,
+                config=self.config,
+                schedule=schedule,
+            )
+        )
+        return found
+
+    def score(
+        self, prompt: Prompt, seen: Seen, answers: np.ndarray, schedule: Schedule, counts: Any
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Log-probability of each answer, int32 `[B, A]`, and whether it is what is said."""
+        found: tuple[np.ndarray, np.ndarray] = jax.device_get(
+            stages.score(
+                self.arrays,
+                prompt.layout.embedded,
+                seen.selection,
+                counts,
+                answers,
+                config=self.config,
+                schedule=schedule,
+            )
+        )
+        return found

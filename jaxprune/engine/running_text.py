@@ -1,0 +1,87 @@
+"""Token ids -> text, as they come: the cost of a piece does not grow with the answer."""
+
+from collections.abc import Sequence
+
+from jaxprune.inputs.processor import Processor
+
+_HALF = "\ufffd"  # what a character's first bytes are decoded to
+_BYTES = 4  # of a character, at most: more tokens without one are no character to come
+
+
+class RunningText:
+    """The text of one answer while it grows.
+
+    What may still change is held back: a character's first bytes, spaces that may be the last,
+    and the beginning of a stop string.
+
+    Args:
+        processor: with the tokenizer.
+        stop: strings that end the answer; they are not part of it.
+    """
+
+    def __init__(self, processor: Processor, stop: Sequence[str]) -> None:
+        self._tokenizer, self._stop = processor.tokenizer, stop
+        self._ids: list[int] = []
+        self._begin = self._end = 0  # the ids that the newest text was decoded from
+        self._shown: list[str] = []
+        self._taken = 0
+        self._held = ""
+        self.stopped = False
+
+    @property
+    def text(self) -> str:
+        """What is certain so far."""
+        return "".join(self._shown)
+
+    def take(self) -> str:
+        """What has become certain since the last call."""
+        new = "".join(self._shown[self._taken :])
+        self._taken = len(self._shown)
+        return new
+
+    def add(self, ids: Sequence[int], *, last: bool) -> None:
+        """More token ids, without the end of sequence; `last`: nothing comes after them."""
+        if self.stopped:
+            return
+        self._ids += ids
+        self._held += self._decoded(last)
+        if not self._shown:
+            self._held = self._held.lstrip()
+        # Of several stop strings the one that is complete first, however many tokens came.
+        found = [(self._held.find(s) + len(s), self._held.find(s)) for s in self._stop]
+        found = [(end, begin) for end, begin in found if begin >= 0]
+        if found:
+            self.stopped, self._held = True, self._held[: min(found)[1]]
+        if last or self.stopped:
+            self._show(len(self._held.rstrip()))
+        else:
+            self._show(min(len(self._held.rstrip()), self._before_stop()))
+
+    def _show(self, size: int) -> None:
+        if size:
+            self._shown.append(self._held[:size])
+        self._held = self._held[size:]
+
+    def _before_stop(self) -> int:
+        """The length of what is held up to where a stop string may have begun."""
+        held = self._held
+        begun = [n for s in self._stop for n in range(1, len(s)) if held.endswith(s[:n])]
+        return len(held) - max(begun, default=0)
+
+    def _decoded(self, last: bool) -> str:
+        """Text of the newest ids.
+
+        Tokenizers join and space what they decode by what stands before it, so the ids of the
+        text before come along, and their text is taken off again.
+        """
+        window = self._decode(self._begin, len(self._ids))
+        if window.endswith(_HALF) and not last and len(self._ids) - self._end < _BYTES:
+            return ""
+        before = self._decode(self._begin, self._end)
+        if len(window) > len(before):  # else special tokens alone, which are no context
+            self._begin, self._end = self._end, len(self._ids)
+        return window[len(before) :]
+
+    def _decode(self, begin: int, end: int) -> str:
+        text: str = self._tokenizer.decode(self._ids[begin:end], skip_special_tokens=True)
+        return text

@@ -1,0 +1,70 @@
+"""RGB images -> the pixels that a vision tower takes."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float
+from PIL import Image
+
+from jaxprune.errors import UserError
+from jaxprune.inputs.images import crop_strip
+from jaxprune.inputs.processor import Processor, first_line
+from jaxprune.models.family import ModelConfig
+from jaxprune.ops.tiles import VisualSize
+
+MOST_ENLARGED = 16  # sides of a tile that an image may be resized to before it is cropped
+
+
+def size_of(image: Image.Image) -> VisualSize:
+    """The pixels of an image, as a config's `tiling` asks for them."""
+    return VisualSize(image.height, image.width)
+
+
+def pixel_values(
+    processor: Processor, images: Sequence[Image.Image], config: ModelConfig
+) -> Float[np.ndarray, "F H W 3"]:
+    """RGB images -> normalised pixels of all their tiles, float32.
+
+    The tiles of an image stand next to each other; `config.tiling` says how many there are.
+
+    Raises:
+        UserError: when the processor's tiles are not what the vision tower takes.
+    """
+    size = config.tower.tile_size
+    asked = getattr(processor.image_processor, "size", None) or {}
+    largest = max((n for n in dict(asked).values() if isinstance(n, int)), default=0)
+    if largest > MOST_ENLARGED * size:
+        raise UserError(
+            f"preprocessor_config.json resizes images to {largest} pixels, but the vision tower "
+            f"takes {size}; it is of another model."
+        )
+    tiles: list[np.ndarray] = []
+    for image in images:
+        tiling = config.tiling(size_of(image))
+        array = np.asarray(crop_strip(image) if tiling.tiles == 1 else image)
+        try:
+            made = processor.image_processor(array, input_data_format="channels_last")
+            found = np.asarray(made["pixel_values"][0], np.float32)
+            found = np.moveaxis(found.reshape(-1, *found.shape[-3:]), 1, -1)
+        except Exception as error:  # whatever transformers makes of odd settings
+            raise UserError(
+                f"The image processor fails ({first_line(error)}); check preprocessor_config.json."
+            ) from None
+        if found.shape[1:] != (size, size, 3):
+            raise UserError(
+                f"The image processor gives {found.shape[1]} x {found.shape[2]} pixels, but the "
+                f"vision tower takes {size} x {size}; preprocessor_config.json is of another model."
+            )
+        if len(found) != tiling.tiles:
+            raise UserError(
+                f"The image processor cuts an image of {image.width} x {image.height} pixels into "
+                f"{len(found)} tiles, but the model expects {tiling.tiles}; preprocessor_config."
+                "json and config.json have different image_grid_pinpoints."
+            )
+        if not np.isfinite(found).all():
+            raise UserError(
+                "The image processor gives pixels that are not finite; check image_std in "
+                "preprocessor_config.json."
+            )
+        tiles.append(found)
+    return np.concatenate(tiles)

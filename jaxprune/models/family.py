@@ -1,0 +1,299 @@
+"""What a model family is: one typed object, and what its config answers.
+
+The rest of the library asks these questions and no others, so that a new family touches its own
+folder and one line of `registry`.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
+
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxprune.models.weights import KeyTable
+from jaxprune.ops.axes import AnyArray
+from jaxprune.ops.cuts import NO_CUTS, Schedule, Tokens
+from jaxprune.ops.tiles import Tiling, VisualSize
+from jaxprune.ops.visual import Selection, Signal, VisionOutput
+
+Arrays = dict[str, Any]
+"""Nested dicts of arrays: a model's parameters."""
+
+IMAGE_PLACEHOLDER = "<image>"
+"""What stands for an image in the prompts that users write, whatever the family."""
+
+
+class DecoderSizes(Protocol):
+    """What cost, memory and mesh ask of a decoder."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def intermediate_size(self) -> int: ...
+    @property
+    def num_hidden_layers(self) -> int: ...
+    @property
+    def num_attention_heads(self) -> int: ...
+    @property
+    def num_key_value_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def tie_word_embeddings(self) -> bool: ...
+    @property
+    def context_length(self) -> int: ...
+    @property
+    def dtype(self) -> str: ...
+
+
+class TowerSizes(Protocol):
+    """What shapes, cost, memory and mesh ask of a vision tower."""
+
+    @property
+    def tile_size(self) -> int:
+        """Pixels along a side of a tile."""
+
+    @property
+    def tokens_per_tile(self) -> int:
+        """Visual tokens of a tile, which may be fewer than the tower's patches; CLS apart."""
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of a tile's visual tokens."""
+
+    def check(self, signals: frozenset[Signal]) -> None:
+        """Raise `UserError` unless the tower can give these signals."""
+
+    def macs(self, tiles: int) -> int:
+        """Multiply-adds of encoding so many tiles."""
+
+    def bytes(self, tiles: int) -> tuple[int, int]:
+        """About what encoding tiles takes beside the weights: what stays, and a layer at work."""
+
+
+class ModelConfig(Protocol):
+    """The sizes of a model, and what they mean for images and positions. Frozen, hashable."""
+
+    family: ClassVar[str]
+    """config.json's `model_type`."""
+
+    def __hash__(self) -> int: ...
+
+    @property
+    def text_config(self) -> DecoderSizes: ...
+    @property
+    def tower(self) -> TowerSizes: ...
+    @property
+    def image_token_index(self) -> int: ...
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def one_tile(self) -> bool:
+        """Whether every image is a single tile, and so has as many tokens as any other."""
+
+    @property
+    def most_tiles(self) -> int:
+        """Tiles of the image that has the most of them."""
+
+    @property
+    def position_axes(self) -> tuple[int, ...]:
+        """(A,) where rotary positions have A axes, () for the usual one."""
+
+    def most_tokens(self, tiles: int) -> int:
+        """The most visual tokens that an image of up to so many tiles has before pruning."""
+
+    def tiling(self, size: VisualSize) -> Tiling:
+        """How an image is cut into tiles, and what stands where among its visual tokens.
+
+        Raises:
+            UserError: for an image that cannot be cut.
+        """
+
+    def mesh_splits(self) -> Mapping[str, int]:
+        """What a mesh's "model" axis has to divide, by the names that an error gives them."""
+
+    @classmethod
+    def from_hf(cls, fields: Mapping[str, Any], *, dtype: str = "float32") -> Self: ...
+
+    def to_hf(self) -> dict[str, Any]: ...
+
+
+class LayerCache(NamedTuple):
+    """One layer's keys and values, with room for the tokens still to come.
+
+    Attributes:
+        k: `[B * J, S + new, d]`, rotated. One axis for rows and key/value heads is what a batched
+            product takes: with two, XLA on a CPU copies the cache at every step. On a device
+            mesh it is two, `[B, J, S + new, d]`, each on its own axis.
+        v: as `k`.
+        valid: bool `[B, S + new]`. Every layer has its own, so that all can be donated.
+        length: int32 `[B]`: a row's generated token i goes to its slot length + i.
+        shift: int32 `[B]`, how much lower positions are in this layer than in the prompt, where
+            a schedule renumbers them; else None.
+    """
+
+    k: Float[Array, "..."]
+    v: Float[Array, "..."]
+    valid: Bool[Array, "B S"]
+    length: Int[Array, " B"]
+    shift: Int[Array, " B"] | None
+
+
+class Prefilled(NamedTuple):
+    """A prompt after the last layer.
+
+    Attributes:
+        tokens: what is left of it; `x` is `[B, S', D]`, before the last norm.
+        caches: one a layer, of what entered its attention.
+        records: for each layer that drops tokens, what `schedule.record` noted after it.
+    """
+
+    tokens: Tokens
+    caches: tuple[LayerCache, ...]
+    records: tuple[tuple[Array, ...], ...]
+
+
+class Embedded(NamedTuple):
+    """Where every token of a batch goes: what `Family.embed` needs of a layout.
+
+    Attributes:
+        token_ids: int32 `[B, S]`; what stands at a visual slot does not matter.
+        visual_index: int32 `[B, S]`: which of the batch's `I * K` visual tokens a slot takes,
+            or -1 for a text token.
+        kind: int32 `[B, S]`, what a token is to a schedule: see `ops.cuts`.
+        positions: int32 `[B, S]`; of a visual token its image's first one.
+        lengths: int32 `[B]`: slots in use, from the left.
+    """
+
+    token_ids: Int[AnyArray, "B S"]
+    visual_index: Int[AnyArray, "B S"]
+    kind: Int[AnyArray, "B S"]
+    positions: Int[AnyArray, "B S"]
+    lengths: Int[AnyArray, " B"]
+
+
+class Template(Protocol):
+    """A chat template, as text in Jinja."""
+
+    def __call__(self, *, original: bool, end: str) -> str:
+        """The template of a model in its publisher's original format, or of any other.
+
+        Args:
+            original: whether the directory is in the original format.
+            end: the tokenizer's end of an answer.
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptFormat:
+    """How a family writes its prompts, where a model's directory does not say.
+
+    Attributes:
+        templates: by a part of the decoder's `model_type`; the first that fits is taken, and
+            the last one, "", fits all.
+        around_images: text in front of each image's tokens and after them.
+    """
+
+    templates: Mapping[str, Template]
+    around_images: tuple[str, str] = ("", "")
+
+    def template(self, model_type: str, *, original: bool, end: str) -> str:
+        """The template of a model whose directory has none; see `Template`."""
+        fitting = next(make for name, make in self.templates.items() if name in model_type)
+        return fitting(original=original, end=end)
+
+
+class Family(Protocol):
+    """A model family: its config class, its files and its stages as pure functions.
+
+    `config` is the model's, `params` its nested dict of arrays; nothing here is jitted.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def config(self) -> type[ModelConfig]: ...
+    @property
+    def weights(self) -> KeyTable: ...
+    @property
+    def presets(self) -> Mapping[str, Any]:
+        """Functions of `dtype` that give the configs of published sizes, by name."""
+
+    @property
+    def prompts(self) -> PromptFormat: ...
+
+    def encode(
+        self,
+        params: Arrays,
+        config: Any,
+        pixel_values: Float[Array, "F H W 3"],
+        signals: frozenset[Signal] = frozenset(),
+    ) -> VisionOutput:
+        """Pixels of tiles -> features and the signals asked for."""
+
+    def project(
+        self, params: Arrays, config: Any, features: Float[Array, "*any C"]
+    ) -> Float[Array, "*any D"]:
+        """Features -> the decoder's width."""
+
+    def visual_embeddings(
+        self, params: Arrays, config: Any, selection: Selection
+    ) -> Float[Array, "I K D"]:
+        """The selected visual tokens as the decoder takes them."""
+
+    def embed_text(
+        self, params: Arrays, config: Any, token_ids: Int[Array, "B S"]
+    ) -> Float[Array, "B S D"]:
+        """Token ids -> the decoder's embeddings."""
+
+    def embed(
+        self, params: Arrays, config: Any, layout: Embedded, selection: Selection | None
+    ) -> Tokens:
+        """Text embeddings with the visual ones laid in where the images stand."""
+
+    def prefill(
+        self,
+        params: Arrays,
+        config: Any,
+        tokens: Tokens,
+        *,
+        new_slots: int,
+        schedule: Schedule = NO_CUTS,
+        counts: Any = None,
+    ) -> Prefilled:
+        """A whole prompt through all layers, dropping tokens as a schedule says."""
+
+    def logits(
+        self, params: Arrays, config: Any, hidden_states: Float[Array, "*any D"]
+    ) -> Float[Array, "*any V"]:
+        """Hidden states of the last layer -> float32 logits."""
+
+    def decode(
+        self,
+        params: Arrays,
+        config: Any,
+        token_ids: Int[Array, " B"],
+        positions: Int[Array, " B"],
+        caches: tuple[LayerCache, ...],
+        step: Int[Array, " B"],
+        active: Bool[Array, " B"],
+    ) -> tuple[Float[Array, "B V"], tuple[LayerCache, ...]]:
+        """One generated token a row: logits for the next one, and the caches.
+
+        Rows that are not `active` leave their caches as they are.
+        """
+
+    def init_params(self, config: Any, key: Array) -> Arrays:
+        """Random parameters, for training from scratch and for tests."""
+
+    def param_shapes(self, config: Any) -> Arrays:
+        """The parameters' shapes and dtypes, without any memory."""
+
+    def image_processor(self, config: Any, *, pad: bool) -> Any:
+        """The `transformers` image processor of a model whose directory has no file for it."""
+
+    def processor_files(self, config: Any, *, do_pad: bool = False) -> dict[str, dict[str, Any]]:
+        """The files from which `transformers` makes the processor: names, and JSON contents."""

@@ -1,0 +1,40 @@
+"""What many tests share: pictures, and every method with options for the tiny models."""
+
+import numpy as np
+from PIL import Image
+
+METHODS = {
+    "none": {},
+    "prumerge": {},
+    "prumerge_plus": {},
+    "prumerge fixed": {"method": "prumerge", "keep": 5},
+    "prumerge_plus fixed": {"method": "prumerge_plus", "keep": 6},
+    "prumerge, original positions": {"method": "prumerge", "positions": "original"},
+    "random": {"keep": 5},
+    "uniform": {"keep": 5},
+    "iti": {},
+    "fitprune": {"deletions": (3, 5, 2), "num_tokens": 16},
+    "gsearch": {"keep_rates": (1.0, 0.6, 0.2)},
+    "gsearch, renumbered": {
+        "method": "gsearch",
+        "keep_rates": (1.0, 0.6, 0.2),
+        "positions": "renumber",
+    },
+    "psigmoid": {"keep_rate": 0.6, "k": 0.8, "first_pruned_layer": 1},
+    "fastv": {"layer": 1},
+    "pyramiddrop": {"stages": 3},
+    "vtw": {},
+    "pair": {"method": ("prumerge_plus", "fastv"), "keep": 9, "keep_rate": 0.3},
+    "adaptive pair": {"method": ("prumerge", "gsearch"), "keep_rates": (1.0, 0.5, 0.5)},
+}
+
+
+def options_of(name, methods=METHODS):
+    """A case as keyword arguments of `generate`."""
+    return {"method": name, **methods[name]}
+
+
+def picture(seed, size=(40, 50)):
+    """Noise of so many rows and columns."""
+    rng = np.random.default_rng(seed)
+    return Image.fromarray(rng.integers(0, 256, size=(*size, 3), dtype=np.uint8))
