@@ -1,10 +1,23 @@
-"""Fixtures; and the shapes in annotations, which are checked while the tests run."""
+"""Fixtures; and what has to be set before JAX and the package are imported."""
+
+import os
+import pathlib
+import tempfile
 
 import jaxtyping
 
-# Before anything imports them. What is annotated is added here.
+# The shapes in annotations are checked while the tests run.
 CHECKED = [f"jaxprune.ops.{name}" for name in ("attention", "merging", "ranking", "rope")]
 jaxtyping.install_import_hook(CHECKED, "beartype.beartype")
+
+# Most of the suite's time is XLA's. Unless full optimisation is asked for, programs are compiled
+# quickly, and those that several files need are shared on disk.
+if "JAXPRUNE_TEST_OPTIMISED" not in os.environ:
+    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    shared = pathlib.Path(tempfile.gettempdir()) / f"jaxprune-tests-{os.getuid()}"
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(shared))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import hypothesis
 import jax

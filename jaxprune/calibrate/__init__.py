@@ -22,7 +22,7 @@ from jaxprune.calibrate.evaluate import METRICS, Batch, CalibrationSet, encode_s
 from jaxprune.calibrate.progress_file import ProgressFile
 from jaxprune.data.samples import DEFAULT_SAMPLES, Sample, read_samples, scene_samples
 from jaxprune.errors import UserError, check_choice, check_share, check_whole, is_number, is_whole
-from jaxprune.methods import GSearch, Iti, PSigmoid
+from jaxprune.methods import FitPrune, GSearch, Iti, PSigmoid
 from jaxprune.methods.base import round_half_up
 from jaxprune.methods.gsearch import check_queries
 from jaxprune.methods.iti import CLS_ATTENTION, tail_start
@@ -34,6 +34,7 @@ from jaxprune.ops.ranking import descending_order, ranks
 
 CALIBRATED = ("fitprune", "gsearch", "psigmoid", "iti")
 SEARCHES = ("bisection", "bayesian")
+Fitted = FitPrune | GSearch | PSigmoid | Iti
 TOLERANCES = {"accuracy": 0.005, "logprob": 0.02}
 
 
@@ -222,7 +223,9 @@ def _digest(*arrays: np.ndarray) -> str:
     return found.hexdigest()[:12]
 
 
-def _fit_fitprune(data: CalibrationSet, chosen: Settings, memory: ProgressFile) -> tuple[Any, dict]:
+def _fit_fitprune(
+    data: CalibrationSet, chosen: Settings, memory: ProgressFile
+) -> tuple[Fitted, dict[str, Any]]:
     assert chosen.save is not None
     memory.expect(8)
     return fitprune.fit(data, save=chosen.save, remember=memory.remember)
@@ -243,7 +246,9 @@ def _rate_score(data: CalibrationSet, chosen: Settings, memory: ProgressFile) ->
     return of
 
 
-def _fit_gsearch(data: CalibrationSet, chosen: Settings, memory: ProgressFile) -> tuple[Any, dict]:
+def _fit_gsearch(
+    data: CalibrationSet, chosen: Settings, memory: ProgressFile
+) -> tuple[Fitted, dict[str, Any]]:
     L = data.engine.depth.num_hidden_layers
     first = chosen.first_pruned_layer
     if first >= L:
@@ -279,7 +284,9 @@ def _fit_gsearch(data: CalibrationSet, chosen: Settings, memory: ProgressFile) -
     return GSearch(keep_rates=rates, queries=chosen.queries), report
 
 
-def _fit_psigmoid(data: CalibrationSet, chosen: Settings, memory: ProgressFile) -> tuple[Any, dict]:
+def _fit_psigmoid(
+    data: CalibrationSet, chosen: Settings, memory: ProgressFile
+) -> tuple[Fitted, dict[str, Any]]:
     assert chosen.keep_rate is not None
     depth = data.engine.depth
     of = _rate_score(data, chosen, memory)
@@ -309,7 +316,9 @@ def _fit_psigmoid(data: CalibrationSet, chosen: Settings, memory: ProgressFile) 
     }
 
 
-def _fit_iti(data: CalibrationSet, chosen: Settings, memory: ProgressFile) -> tuple[Any, dict]:
+def _fit_iti(
+    data: CalibrationSet, chosen: Settings, memory: ProgressFile
+) -> tuple[Fitted, dict[str, Any]]:
     assert chosen.keep_rate is not None
     curves = [
         (batch.patches.signals[CLS_ATTENTION][: batch.rows], batch.patches.place[: batch.rows])

@@ -78,7 +78,9 @@ class Clock:
 
     def wait(self, found: T) -> T:
         """What a stage gave, once it is there if stages are to be told apart."""
-        return jax.block_until_ready(found) if self.timed else found
+        if self.timed:
+            jax.block_until_ready(found)
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -297,7 +299,10 @@ class Engine:
         ids = np.full((shape.images, width), -1, np.int32)
         for own, question in zip(ids, questions, strict=False):
             own[: len(question)] = question
-        return stages.embed_questions(self.arrays, spread(ids, self.mesh), config=self.config)
+        found: Questions = stages.embed_questions(
+            self.arrays, spread(ids, self.mesh), config=self.config
+        )
+        return found
 
     # ---- prompts
 
@@ -348,7 +353,8 @@ class Engine:
         """A prompt as the decoder's input."""
         embedded = spread(prompt.layout.embedded, self.mesh)
         with on_mesh(self.mesh):
-            return stages.embed(self.arrays, embedded, seen.selection, config=self.config)
+            tokens: Tokens = stages.embed(self.arrays, embedded, seen.selection, config=self.config)
+        return tokens
 
     def read(
         self, prompt: Prompt, seen: Seen, sampling: Sampling, *, greedy: bool, clock: Clock
@@ -401,7 +407,7 @@ class Engine:
         `shape` is what a forbidden compilation is named by.
         """
         with on_mesh(self.mesh), clock.stage("decode", **shape, greedy=greedy):
-            return stages.decode(
+            written: DecodeState = stages.decode(
                 self.arrays,
                 state,
                 spread(until.astype(np.int32), self.mesh),
@@ -410,6 +416,7 @@ class Engine:
                 config=self.config,
                 greedy=greedy,
             )
+        return written
 
     def record(
         self, prompt: Prompt, seen: Seen, schedule: Schedule, counts: Any

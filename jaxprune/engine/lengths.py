@@ -67,4 +67,5 @@ def candidates_left(method: DecoderMethod, depth: Depth, layout: Layout) -> np.n
     if method.prune_text:
         candidates = candidates + (layout.embedded.kind == QUESTION).sum(axis=1)
     removed = np.stack([method.removed(int(n), depth) for n in layout.visual], axis=1)  # [L, B]
-    return np.maximum(candidates - removed, 0).astype(np.int32)
+    left: np.ndarray = np.maximum(candidates - removed, 0)
+    return left.astype(np.int32)

@@ -135,7 +135,7 @@ def next_token(
     before = jnp.cumsum(probability, axis=-1) - probability
     ordered = jnp.where((before < sampling.top_p[:, None]) | (place == 0), ordered, -jnp.inf)
 
-    def draw(seed: Array, step: Array, row: Array) -> Array:
+    def draw(seed: AnyArray, step: Array, row: Array) -> Array:
         return jax.random.categorical(jax.random.fold_in(jax.random.key(seed), step), row)
 
     drawn = jax.vmap(draw)(sampling.seeds, step, ordered)

@@ -71,7 +71,8 @@ class Session:
     def resting(self) -> np.ndarray:
         """Whether a row's answer is complete: bool `[rows]`."""
         stopped = np.array([text.stopped for text in self.texts])
-        return self.done | stopped | (self.step >= self.limits[: len(self.asks)])
+        resting: np.ndarray = self.done | stopped | (self.step >= self.limits[: len(self.asks)])
+        return resting
 
     @property
     def finished(self) -> bool:

@@ -36,7 +36,8 @@ class Processor:
     @functools.cached_property
     def image_token_id(self) -> int | None:
         """The id of "<image>", or None for a tokenizer that does not know it."""
-        return self.tokenizer.get_vocab().get(IMAGE_PLACEHOLDER)
+        found: int | None = self.tokenizer.get_vocab().get(IMAGE_PLACEHOLDER)
+        return found
 
 
 def load_processor(

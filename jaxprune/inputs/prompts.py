@@ -91,7 +91,7 @@ def render(processor: Processor, messages: Sequence[Message]) -> str:
     problem: Exception | None = None
     for candidate in (as_parts, list(messages)):
         try:
-            text = processor.tokenizer.apply_chat_template(
+            text: str = processor.tokenizer.apply_chat_template(
                 candidate,
                 chat_template=processor.chat_template,
                 tokenize=False,
@@ -165,8 +165,3 @@ def check_placeholders(found: int, num_images: int) -> None:
             f"The prompt has {found} {IMAGE_PLACEHOLDER} placeholder(s) but comes with "
             f"{num_images} image(s); give as many images as placeholders."
         )
-
-
-def decode_text(processor: Processor, token_ids: Sequence[int]) -> str:
-    """Token ids -> text, special tokens left out."""
-    return processor.tokenizer.decode(token_ids, skip_special_tokens=True).strip()

@@ -248,7 +248,7 @@ def removed_table(method: DecoderMethod, depth: Depth, most: int) -> np.ndarray:
 
 def options_of(cls: type) -> dict[str, "dataclasses.Field[Any]"]:
     """The hyperparameters of a method's class, its own before those that all have."""
-    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    fields = dataclasses.fields(cls)
     return {field.name: field for field in sorted(fields, key=lambda f: f.name == "positions")}
 
 

@@ -301,7 +301,7 @@ def _kept_slots(chosen: Chosen, packing: Packing) -> tuple[Bool[Array, "I M"], I
     key = jnp.broadcast_to(jnp.arange(M), (I, M))
     if chosen.order is not None:
         key = jnp.where(stands, chosen.order.reshape(I, -1)[own, patch], -1)
-    last = jnp.iinfo(jnp.int32).max
+    last = np.iinfo(np.int32).max
     return stays, jnp.argsort(jnp.where(stays, key, last), axis=1)  # stable
 
 

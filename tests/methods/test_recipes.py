@@ -130,4 +130,4 @@ def test_files(tmp_path):
 )
 def test_unsound_recipes_are_refused(change, message):
     with pytest.raises(jaxprune.UserError, match=message):
-        resolve(recipe_for(tiny_config(), **change), tiny_config())
+        resolve(recipe_for(tiny_config(), **change), depth_of(tiny_config()))

@@ -54,7 +54,7 @@ def test_pairs():
         ("psigmoid", {"keep_rate": 0.5, "k": 0}, "k is 0; expected a number above 0"),
         ("fastv", {"layer": 40}, "layer is 40, but the decoder has 32 layers"),
         ("iti", {"c": -1}, "c is -1"),
-        ("iti", {"rows": "some"}, "expected 'text' or 'all'"),
+        ("iti", {"rows": "some"}, "rows is 'some'; expected one of: text, all"),
         ("missing.json", {}, "recipe missing.json does not exist"),
     ],
 )

@@ -105,7 +105,8 @@ class ClipVisionTower(nn.Module):
         x = self.patch_embedding(patches.reshape(images, g * g, p * p * 3))
         cls = jnp.broadcast_to(self.class_embedding, (images, 1, x.shape[-1]))
         x = jnp.concatenate([cls, x], axis=1) + self.position_embedding
-        return self.pre_layernorm(x)
+        normed: Array = self.pre_layernorm(x)
+        return normed
 
     def __call__(self, pixel_values: Float[Array, "F H W 3"]) -> tuple[list[Array], Array]:
         """All hidden states `[F, 1 + N, C]` (layers + 1 of them) and the pooled CLS `[F, C]`."""
@@ -196,7 +197,8 @@ def received_attention(
         q, k = part
         return _mean_attention(q[None], k[None], num_heads)[0].mean(axis=0)
 
-    return jax.lax.map(tile, (queries, keys))[:, 1:]
+    received: Array = jax.lax.map(tile, (queries, keys))
+    return received[:, 1:]
 
 
 def _mean_attention(

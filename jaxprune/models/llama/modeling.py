@@ -268,10 +268,10 @@ def _with_token(
     rows = jnp.arange(B)
 
     def put(cached: Array, new: Array) -> Array:
+        at: tuple[Array, ...] = (jnp.arange(B * J), jnp.repeat(slot, J))
+        values = new.reshape(B * J, -1)
         if cached.ndim == 4:  # on a mesh
             at, values = (rows[:, None], jnp.arange(J), slot[:, None]), new[:, :, 0]
-        else:
-            at, values = (jnp.arange(B * J), jnp.repeat(slot, J)), new.reshape(B * J, -1)
         return cached.at[at].set(values, unique_indices=True, indices_are_sorted=True)
 
     # A row that rests writes into a slot that it will fill later, but does not count it.

@@ -77,7 +77,8 @@ class LlavaStages:
         """Features -> the decoder's width."""
         projector = {"params": params["multi_modal_projector"]}
         visual: Any = Projector(config).apply(projector, features)
-        return visual
+        projected: Array = visual
+        return projected
 
     def visual_embeddings(
         self, params: Arrays, config: LlavaConfig, selection: Selection
@@ -171,7 +172,8 @@ class LlavaStages:
 
     def param_shapes(self, config: LlavaConfig) -> Arrays:
         """The parameters' shapes and dtypes, without any memory."""
-        return jax.eval_shape(lambda: self.init_params(config, jax.random.key(0)))
+        shapes: Arrays = jax.eval_shape(lambda: self.init_params(config, jax.random.key(0)))
+        return shapes
 
 
 def _decoder(params: Arrays, config: LlavaConfig, *args: Any, **kwargs: Any) -> Any:
