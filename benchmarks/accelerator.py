@@ -29,7 +29,7 @@ from jaxprune.methods import resolve
 from jaxprune.models.clip import ClipVisionConfig
 from jaxprune.models.llama import LlamaConfig
 from jaxprune.models.llava import LlavaConfig
-from jaxprune.models.presets import PRESETS
+from jaxprune.models.registry import PRESETS, depth_of
 from jaxprune.reports.bench import bench, describe_machine
 
 console = Console(stderr=True)
@@ -78,8 +78,9 @@ def main() -> None:
     methods = []
     for name, options in METHODS.items():
         try:
-            resolve(**{"method": name, **options}, config=params.config)
-            methods.append((name, {"method": name, **options}))
+            fields = {"method": name, **options}
+            resolve(depth=depth_of(params.config), **fields)
+            methods.append((name, fields))
         except jaxprune.UserError as error:
             console.print(f"{name} is left out: {error}")
     found, limits = [], {}
