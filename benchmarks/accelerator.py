@@ -16,6 +16,8 @@ import json
 import pathlib
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -25,21 +27,22 @@ from rich.console import Console
 
 import jaxprune
 from jaxprune.data.samples import scene_samples
-from jaxprune.methods import resolve
+from jaxprune.methods import Depth
+from jaxprune.methods.recipes import published
 from jaxprune.models.clip import ClipVisionConfig
 from jaxprune.models.llama import LlamaConfig
 from jaxprune.models.llava import LlavaConfig
-from jaxprune.models.presets import PRESETS
+from jaxprune.models.registry import PRESETS, depth_of
 from jaxprune.reports.bench import bench, describe_machine
 
 console = Console(stderr=True)
-METHODS = {
-    "none": {},
-    "prumerge": {},
-    "prumerge_plus": {},
-    "fitprune": {"save": 0.6},
-    "prumerge_plus + fitprune": {"method": ("prumerge_plus", "fitprune"), "save": 0.6},
-    "gsearch": {},
+METHODS: dict[str, Callable[[Depth], Any]] = {
+    "none": lambda _: "none",
+    "prumerge": lambda _: "prumerge",
+    "prumerge_plus": lambda _: "prumerge_plus",
+    "fitprune": lambda depth: published("fitprune", depth, 0.6),
+    "prumerge_plus + fitprune": lambda depth: ("prumerge_plus", published("fitprune", depth, 0.6)),
+    "gsearch": lambda depth: published("gsearch", depth),
 }
 
 
@@ -75,11 +78,13 @@ def main() -> None:
     make = tiny if args.preset == "tiny" else PRESETS[args.preset]
     params = random_params(make(dtype=args.dtype))
     rng, side = np.random.default_rng(0), 336 if params.config.one_tile else 672
+    # The tiny model, which has no recipes, takes those of the one that it stands for.
+    stand_in = Depth(32, frozenset({"llava-1.5-7b"}))
+    depth = stand_in if args.preset == "tiny" else depth_of(params.config)
     methods = []
-    for name, options in METHODS.items():
+    for name, make_method in METHODS.items():
         try:
-            resolve(**{"method": name, **options}, config=params.config)
-            methods.append((name, {"method": name, **options}))
+            methods.append((name, {"method": make_method(depth), "fractions": True}))
         except jaxprune.UserError as error:
             console.print(f"{name} is left out: {error}")
     found, limits = [], {}

@@ -38,13 +38,18 @@ from rich.progress import track
 
 import jaxprune
 from jaxprune.engine import stages
-from jaxprune.engine.cost import encode_macs, executed
-from jaxprune.engine.session import Run, make_options
+from jaxprune.engine.answer import texts_of
+from jaxprune.engine.cost import executed
+from jaxprune.engine.engine import Clock, Engine
+from jaxprune.engine.sampling import Ask
+from jaxprune.engine.session import Session, begin
+from jaxprune.inputs.pixels import pixel_values
 from jaxprune.inputs.request import Request, Row
-from jaxprune.methods import FitPrune, PruMergePlus
+from jaxprune.methods import FitPrune, Plan, PruMergePlus
 from jaxprune.models.llava import LlavaConfig
 from jaxprune.ops.attention import Watch, causal_attention
-from jaxprune.ops.cuts import LAST, QUESTION, VISUAL, compact, keep_best
+from jaxprune.ops.cuts import LAST, QUESTION, VISUAL, keep_best
+from jaxprune.ops.ranking import nonzero_first
 from jaxprune.ops.tiles import one_tile, pack_tilings
 from jaxprune.reports.bench import ceilings, decoder_bytes, describe_machine
 
@@ -152,22 +157,19 @@ class Torch:
 class Jax:
     """The model under jaxprune, with a method."""
 
-    def __init__(self, params: Any, images: list[Any], ids: np.ndarray, method: Any) -> None:
-        self.params = params
+    def __init__(self, params: Any, images: list[Any], ids: np.ndarray, plan: Plan) -> None:
+        self.params, self.plan = params, plan
         rows = [Row([part.tolist() for part in ids], [i]) for i in range(len(images))]
         self.request = Request(rows, images, False)
-        self.method = method
 
-    def start(self, tokens: int) -> tuple[Run, float]:
-        """A run behind its prefill, and the seconds of that, preprocessing apart."""
-        options = make_options(
-            self.params.config, method=self.method, method_options={}, max_new_tokens=tokens,
-            temperature=0.0, top_k=None, top_p=None, seed=0, stop=(), chat=False,
-            buckets=jaxprune.Buckets(text=(TEXT,), new_tokens=(tokens,)),
-        )  # fmt: skip
-        run = Run(self.params, options, self.request, [0] * len(self.request.rows), timed=True)
-        run.start()
-        return run, sum(run.seconds[stage] for stage in ("encode", "select", "prefill"))
+    def start(self, tokens: int) -> tuple[Session, float]:
+        """A session after its prefill, and the seconds of that, preprocessing apart."""
+        buckets = jaxprune.Buckets(text=(TEXT,), new_tokens=(tokens,))
+        engine = Engine(self.params, self.plan, buckets)
+        asks = [Ask(max_new_tokens=tokens)] * len(self.request.rows)
+        session = begin(engine, self.request, asks, Clock(timed=True))
+        seconds = session.clock.seconds
+        return session, sum(seconds[stage] for stage in ("encode", "select", "prefill"))
 
 
 def timed(function: Any) -> tuple[Any, float]:
@@ -188,16 +190,14 @@ def measure(
         for _ in range(batch)
     ]
     ids = rng.integers(5, 500, size=(2, TEXT // 2))
-    from jaxprune.inputs.processor import pixel_values
-
     pixels = pixel_values(params.processor, images, params.config)
     reference = Torch(model, images, ids, pixels)
     variants = {
-        "none": "none",
-        "prumerge_plus, 25 %": PruMergePlus(keep=143),
-        "fitprune 0.6": FitPrune(deletions=DELETIONS, num_tokens=PATCHES),
+        "none": Plan(),
+        "prumerge_plus, 25 %": PruMergePlus(keep=143).plan(),
+        "fitprune 0.6": FitPrune(deletions=DELETIONS, num_tokens=PATCHES).plan(),
     }
-    ours = {name: Jax(params, images, ids, method) for name, method in variants.items()}
+    ours = {name: Jax(params, images, ids, plan) for name, plan in variants.items()}
     times: dict[str, dict[str, list[float]]] = {
         name: {"prefill": [], "decode": [], "answer": []} for name in ("torch", *ours)
     }
@@ -210,16 +210,17 @@ def measure(
             for stage, seconds in (("prefill", prefill), ("decode", decode), ("answer", answer)):
                 times["torch"][stage].append(seconds)
         for name, one in ours.items():
-            (run, prefill), answer = timed(functools.partial(one.start, tokens))
-            _, decode = timed(functools.partial(run.advance, tokens))
-            _, text = timed(run.texts)
-            if name == "none" and not (run.tokens[:, :tokens] == expected).all():
+            (session, prefill), answer = timed(functools.partial(one.start, tokens))
+            _, rest = timed(functools.partial(session.advance, tokens))
+            decode = session.clock.seconds["decode"]  # the rest of the rest is text
+            _, text = timed(functools.partial(texts_of, session))
+            if name == "none" and not (session.tokens[:, :tokens] == expected).all():
                 raise SystemExit("jaxprune and transformers generate different tokens.")
-            work[name] = counted(run, batch, tokens)
+            work[name] = counted(session, params, batch)
             if number:
                 times[name]["prefill"].append(prefill)
                 times[name]["decode"].append(decode * tokens / (tokens - 1))
-                times[name]["answer"].append(answer + decode + text)
+                times[name]["answer"].append(answer + rest + text)
     work["torch"] = work["none"]
     return [
         {
@@ -241,13 +242,13 @@ def measure(
     ]
 
 
-def counted(run: Run, batch: int, tokens: int) -> tuple[int, int]:
+def counted(session: Session, params: jaxprune.Params, batch: int) -> tuple[int, int]:
     """Multiply-adds of a prefill, tower included, and bytes that a decoding step reads."""
-    slots = run.layout.token_ids.shape[1]
-    found = executed(run.config, slots, run.schedule, new_slots=tokens)
-    macs = encode_macs(run.config, batch) + batch * found["macs"]
-    weights = decoder_bytes(jaxprune.Params(run.params, run.config))
-    return macs, weights + batch * found["cache_bytes"]
+    config, prompt = params.config, session.prompt
+    slots = sum(prompt.lengths)
+    found = executed(config, slots, prompt.schedule, new_slots=prompt.new_slots)
+    macs = config.tower.macs(batch) + batch * found["macs"]
+    return macs, decoder_bytes(params) + batch * found["cache_bytes"]
 
 
 # ---- what selection costs
@@ -310,7 +311,7 @@ def jax_fitprune_layer(q: Any, k: Any, v: Any, kind: Any, left: int) -> Any:
     counts = jnp.full(len(kind), left)
     kept = keep_best(jnp.prod(received, axis=0), kind == VISUAL, counts)
     flat = jnp.swapaxes(out, 1, 2).reshape(*valid.shape, -1)
-    return compact((flat,), kept, TEXT + left)
+    return jnp.take_along_axis(flat, nonzero_first(kept, TEXT + left)[..., None], axis=1)
 
 
 @jax.jit
@@ -327,16 +328,13 @@ def measure_selection(params: jaxprune.Params, batch: int, rounds: int, device: 
     packing = pack_tilings(
         [one_tile(PATCHES)] * batch, images=batch, tiles=batch, image_tiles=1, slots=PATCHES
     )
-    inside = [np.asarray(x) for x in (vision.features, *vision.signals.values())]
-    names = ["features", *vision.signals]
-    by_name = {n: torch.from_numpy(x.copy()).to(device) for n, x in zip(names, inside, strict=True)}
+    inside = {"features": vision.features, **{s.kind: x for s, x in vision.signals.items()}}
+    by_name = {n: torch.from_numpy(np.array(x)).to(device) for n, x in inside.items()}
 
     def ours() -> Any:
-        counts = np.asarray(stages.count(vision, packing, config=config, method=method))
+        counts = np.asarray(stages.count(vision, packing, None, method))
         capacity = -(-int(counts.max()) // 64) * 64
-        found = stages.select(
-            vision, packing, config=config, method=method, capacity=capacity, images=batch
-        )
+        found = stages.select(vision, packing, None, method, capacity=capacity, images=batch)
         return jax.block_until_ready(found)
 
     def theirs() -> Any:

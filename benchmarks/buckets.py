@@ -23,9 +23,9 @@ from rich.console import Console
 from rich.progress import track
 
 import jaxprune
-from jaxprune.engine.cost import layer_macs
-from jaxprune.engine.session import text_room
+from jaxprune.engine.cost import layer_macs, most_tokens
 from jaxprune.engine.shapes import Shapes
+from jaxprune.inputs.layout import text_length
 from jaxprune.inputs.request import make_request
 from jaxprune.reports.bench import describe_machine
 
@@ -83,13 +83,13 @@ def text_lengths(params: jaxprune.Params, requests: list) -> list[list[int]]:
     found = []
     for images, prompts in requests:
         request = make_request(params.processor, images, prompts, chat=True)
-        found.append([text_room(row, params.config) for row in request.rows])
+        found.append([text_length(row) for row in request.rows])
     return found
 
 
 def padding(config: Any, lengths: list[list[int]], buckets: jaxprune.Buckets) -> float:
     """Multiply-adds of the unpruned prefill as executed, over those of the tokens alone."""
-    shapes, visual = Shapes(buckets, config, None), config.num_image_tokens
+    shapes, visual = Shapes(buckets, config, None), most_tokens(config)
     executed = exact = 0
     for text in lengths:
         slots = sum(shapes.of_rows(max(text), 1, visual, visual))

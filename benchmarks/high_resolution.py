@@ -22,6 +22,7 @@ from results import Store, console, measure
 import jaxprune
 from jaxprune.calibrate import Sample
 from jaxprune.data import scenes
+from jaxprune.engine.cost import most_tokens
 
 SIDE, SHRINK = 192, 0.5
 BUDGETS = (0.5, 0.25, 0.125)
@@ -45,6 +46,13 @@ def fitted(params: jaxprune.Params, store: Store, save: float) -> jaxprune.Recip
     return jaxprune.Recipe(**store(f"recipe {save:g}", make))
 
 
+def twice(name: str, setting: str, **options: int) -> list[tuple[str, str, dict]]:
+    """A vision-side method whose tokens are numbered anew, or keep the image's positions."""
+    fields = {"method": name, **options}
+    own = {**fields, "positions": "original"}
+    return [(name, setting, fields), (name, f"{setting}, original positions", own)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=pathlib.Path, required=True)
@@ -57,22 +65,19 @@ def main() -> None:
     small = [
         scenes.draw(scenes.sample("held-out", 1, i)[0], shrink=SHRINK) for i in range(args.scenes)
     ]
-    N = params.config.num_image_tokens
+    N = most_tokens(params.config)
     settings: list[tuple[str, str, dict]] = [
         ("none", "", {}),
-        ("prumerge", "adaptive", {"method": "prumerge"}),
-        ("prumerge_plus", "adaptive", {"method": "prumerge_plus"}),
+        *twice("prumerge", "adaptive"),
+        *twice("prumerge_plus", "adaptive"),
         ("vtw", "half of the layers", {"method": "vtw"}),
     ]
     for budget in BUDGETS:
         keep, label = round(N * budget), f"{100 * budget:g} %"
-        settings += [
-            ("prumerge", f"keep {keep}", {"method": "prumerge", "keep": keep}),
-            ("prumerge_plus", f"keep {keep}", {"method": "prumerge_plus", "keep": keep}),
-            ("uniform", f"keep {keep}", {"method": "uniform", "keep": keep}),
-            ("random", f"keep {keep}", {"method": jaxprune.RandomPlaces(keep=keep, seed=0)}),
-            ("fitprune", f"save {1 - budget:g}", {"method": fitted(params, store, 1 - budget)}),
-        ]
+        for name in ("prumerge", "prumerge_plus", "uniform", "random"):
+            settings += twice(name, f"keep {keep}", keep=keep)
+        recipe = fitted(params, store, 1 - budget)
+        settings.append(("fitprune", f"save {1 - budget:g}", {"method": recipe}))
         if budget < 0.5:
             first, L = 1, params.config.text_config.num_hidden_layers
             rate = (budget * L - first) / (L - first)

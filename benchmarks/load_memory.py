@@ -21,9 +21,10 @@ import numpy as np
 
 import jaxprune
 from jaxprune import checkpoints_convert
-from jaxprune.models import llava
 from jaxprune.models.clip import ClipVisionConfig
 from jaxprune.models.llama import LlamaConfig
+from jaxprune.models.llava import LlavaConfig
+from jaxprune.models.registry import family_of
 
 LOAD = """
 import json, re, sys, time
@@ -60,12 +61,11 @@ def main() -> None:
     )
     vision = ClipVisionConfig(hidden_size=512, num_hidden_layers=6, intermediate_size=2048)
     vision = dataclasses.replace(vision, num_attention_heads=8, dtype=args.dtype)
-    config = llava.LlavaConfig(text_config=text, vision_config=vision)
+    config = LlavaConfig(text_config=text, vision_config=vision)
     rng = np.random.default_rng(0)
     dtype = ml_dtypes.bfloat16 if args.dtype == "bfloat16" else np.float32
-    params = jax.tree.map(
-        lambda s: rng.random(s.shape, np.float32).astype(dtype), llava.param_shapes(config)
-    )
+    shapes = family_of(config).param_shapes(config)
+    params = jax.tree.map(lambda s: rng.random(s.shape, np.float32).astype(dtype), shapes)
     with tempfile.TemporaryDirectory() as name:
         directory = pathlib.Path(name) / "model"
         checkpoints_convert.export(params, config, directory, companions=jaxprune.SMALL_MODEL)

@@ -18,13 +18,14 @@ import numpy as np
 from rich.console import Console
 
 from jaxprune.engine import stages
-from jaxprune.engine.cost import encode_macs, executed
-from jaxprune.engine.sampling import make_sampling
-from jaxprune.inputs.request import Row, lay_out
+from jaxprune.engine.cost import executed
+from jaxprune.engine.sampling import Ask, make_sampling
+from jaxprune.inputs.layout import ImageRoom, lay_out
+from jaxprune.inputs.request import Row
 from jaxprune.models.clip import ClipVisionConfig
 from jaxprune.models.llama import LlamaConfig
 from jaxprune.models.llava import LlavaConfig
-from jaxprune.models.registry import family
+from jaxprune.models.registry import family_of
 from jaxprune.ops.attention import Watch, causal_attention, full_attention
 from jaxprune.ops.cuts import NO_CUTS
 from jaxprune.ops.tiles import one_tile, pack_tilings
@@ -56,7 +57,7 @@ def main() -> None:
     parser.add_argument("--trace", help="write a trace of one round to this folder")
     args = parser.parse_args()
     config, B, rng = benchmark_config(), args.batch, np.random.default_rng(0)
-    params = jax.jit(lambda key: family(config).init_params(config, key))(jax.random.key(0))
+    params = jax.jit(lambda key: family_of(config).init_params(config, key))(jax.random.key(0))
     rate = ceilings()["float32_macs"]
 
     def median(run: Callable[[], Any]) -> tuple[Any, float]:
@@ -76,30 +77,30 @@ def main() -> None:
     packing = pack_tilings([one_tile(N)] * B, images=B, tiles=B, image_tiles=1, slots=N)
     pixels = rng.normal(size=(B, 336, 336, 3)).astype(np.float32)
     rows = [Row([[7] * (TEXT // 2)] * 2, [i]) for i in range(B)]
-    layout = lay_out(rows, np.full(B, N), N, batch=B, sequence=N + TEXT)
-    sampling = make_sampling(temperature=0, top_k=None, top_p=None, seeds=[0] * B, vocab_size=32000)
+    room = ImageRoom(np.full(B, N), np.full(B, N), np.zeros(B, int), N)
+    layout = lay_out(rows, room, batch=B, sequence=N + TEXT)
+    sampling = make_sampling([Ask()] * B, batch=B, vocab_size=32000)
 
     def encode() -> Any:
         return stages.encode(params, pixels, config=config, signals=frozenset())
 
     def select() -> Any:
-        return stages.select(vision, packing, config=config, method=None, capacity=N, images=B)
+        return stages.select(vision, packing, None, None, capacity=N, images=B)
 
     def embed() -> Any:
-        fields = (layout.token_ids, layout.visual_index, layout.kind, layout.lengths)
-        return stages.embed(params, *fields, selection, config=config)
+        return stages.embed(params, layout.embedded, selection, config=config)
 
     def prefill() -> Any:
         return stages.prefill(
-            params, tokens, None, layout.lengths, np.int32(B), sampling, np.array([-1], np.int32),
-            config=config, schedule=NO_CUTS, new_slots=NEW, greedy=True,
+            params, tokens, None, layout.next_position, np.int32(B), sampling,
+            np.array([-1], np.int32), config=config, schedule=NO_CUTS, new_slots=NEW, greedy=True,
         )  # fmt: skip
 
     print("| stage | ms | ideal, ms | of the ceiling |")
     print("|---|---:|---:|---:|")
     c = config.text_config
     vision, seconds = median(encode)
-    show("encode", seconds, encode_macs(config, B))
+    show("encode", seconds, config.tower.macs(B))
     selection, seconds = median(select)
     show("select (nothing pruned)", seconds, 0)
     tokens, seconds = median(embed)

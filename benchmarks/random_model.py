@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 import jaxprune
-from jaxprune.inputs.processor import Processor, load_processor, processor_files
-from jaxprune.models.registry import family
+from jaxprune.inputs.processor import Processor, load_processor
+from jaxprune.models.registry import family_of
 
 IMAGE_TOKEN = 4
 """Of the small model's tokenizer, which all of these have; a config has to say so."""
@@ -22,7 +22,7 @@ def write_processor(config: Any, directory: pathlib.Path) -> None:
     for path in jaxprune.SMALL_MODEL.iterdir():
         if path.suffix in (".json", ".jinja") and path.name != "config.json":
             (directory / path.name).write_bytes(path.read_bytes())
-    for file, content in processor_files(config).items():
+    for file, content in family_of(config).processor_files(config).items():
         (directory / file).write_text(json.dumps(content))
 
 
@@ -31,13 +31,13 @@ def endless_processor(config: Any) -> Processor:
     with tempfile.TemporaryDirectory() as name:
         directory = pathlib.Path(name)
         write_processor(config, directory)
-        return dataclasses.replace(load_processor(directory), eos_token_ids=())
+        return dataclasses.replace(load_processor(directory, family_of(config)), eos_token_ids=())
 
 
 def random_params(config: Any) -> jaxprune.Params:
     """Weights drawn on the device, tensor by tensor, so that no second copy is ever there."""
     config = dataclasses.replace(config, image_token_index=IMAGE_TOKEN)
-    shapes, places = jax.tree.flatten(family(config).param_shapes(config))
+    shapes, places = jax.tree.flatten(family_of(config).param_shapes(config))
     keys = jax.random.split(jax.random.key(0), len(shapes))
     draw = jax.jit(
         lambda key, shape, dtype: (0.02 * jax.random.normal(key, shape)).astype(dtype),

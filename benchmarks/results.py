@@ -23,13 +23,16 @@ from rich.console import Console
 from scipy.stats import kendalltau
 
 import jaxprune
-from jaxprune.calibrate import encode_samples, evaluate, scene_samples
+from jaxprune.calibrate import encode_samples, scene_samples
+from jaxprune.calibrate.evaluate import CalibrationSet, recorded
 from jaxprune.calibrate.fitprune import FitSchedule
 from jaxprune.data import scenes
 from jaxprune.devices.compilation import Compilations
+from jaxprune.engine.cost import most_tokens
 from jaxprune.engine.lengths import candidates_left, mask_schedule
-from jaxprune.methods import FitPrune, depth_of, resolve
-from jaxprune.ops.cuts import AFTER_ATTENTION, Schedule, Score
+from jaxprune.methods import FitPrune, resolve
+from jaxprune.models.registry import depth_of
+from jaxprune.ops.cuts import ByAttention, Schedule, Score
 from jaxprune.reports.recipe_plot import figure
 
 COMMENT = "## What holds, and what does not"
@@ -81,7 +84,7 @@ def settings(params: Any, store: Store) -> list[tuple[str, str, dict[str, Any]]]
     Budgets are shares of the visual tokens, averaged over the decoder's layers. A method
     that leaves its first layers whole cannot go below their share; such points are left out.
     """
-    N = params.config.num_image_tokens
+    N = most_tokens(params.config)
     L = params.config.text_config.num_hidden_layers
 
     def recipe(**options: Any) -> jaxprune.Recipe:
@@ -143,7 +146,7 @@ def settings(params: Any, store: Store) -> list[tuple[str, str, dict[str, Any]]]
                 "prumerge_plus": jaxprune.PruMergePlus(keep=outer - 1),
                 "uniform": jaxprune.UniformPlaces(keep=outer),
             }[name]
-            second = resolve(inner, params.config).decoder
+            second = resolve(inner, depth_of(params.config)).decoder
             found.append((f"{name} + fitprune", label, {"method": (first, second)}))
     return found + iti(recipe, 0.22, "22 %")
 
@@ -167,25 +170,27 @@ def iti(recipe: Callable, budget: float, label: str) -> list[tuple[str, str, dic
 class Notes(Schedule):
     """Drops nothing; notes down the scores of the visual tokens."""
 
-    def apply(self, cut: str, layer: int, tree: Any, received: Any, counts: Any) -> Any:
-        return tree
+    def apply(self, cut: str, layer: int, tokens: Any, others: Any, view: Any, counts: Any) -> Any:
+        return tokens, others
 
-    def record(self, tokens: Any, received: Any) -> Any:
-        return received[0]
+    def record(self, tokens: Any, view: Any) -> Any:
+        return (view.received[0],)
 
 
-def neighbouring_ranks(data: Any) -> list[float]:
+def neighbouring_ranks(data: CalibrationSet) -> list[float]:
     """Kendall's tau of the visual tokens' ranking in each layer and the next, unpruned."""
-    L = data.params.config.text_config.num_hidden_layers
+    L = data.engine.depth.num_hidden_layers
     schedule = Notes(
-        layers=tuple(range(L)), score=Score(queries=("text",)), query_slots=data.room.text
+        layers=tuple(range(L)),
+        ranker=ByAttention(Score(queries=("text",))),
+        query_slots=data.lengths.text,
     )
     taus = np.zeros((L - 1, 0))
-    for batch, records in evaluate.run_set(data, evaluate.run_prompts, schedule, lambda _: None):
+    for batch, records in recorded(data, schedule, [None] * len(data.batches)):
         rows = []
         for b in range(batch.rows):
-            visual = batch.layout.visual_index[b] >= 0
-            scores = [record[b, visual] for record in records]
+            visual = batch.prompt.layout.embedded.visual_index[b] >= 0
+            scores = [record[b, visual] for (record,) in records]
             rows.append([kendalltau(scores[l], scores[l + 1])[0] for l in range(L - 1)])
         taus = np.concatenate([taus, np.array(rows).T], axis=1)
     return taus.mean(axis=1).tolist()
@@ -198,25 +203,16 @@ class MassLeft(Schedule):
     record = FitSchedule.record
 
 
-def mass_lost(data: Any, method: FitPrune) -> dict[str, float]:
+def mass_lost(data: CalibrationSet, method: FitPrune) -> dict[str, float]:
     """Share of the unpruned attention mass that the deleted tokens took along, all layers."""
-    config = data.params.config
-    L = config.text_config.num_hidden_layers
-    everything = FitSchedule(
-        layers=tuple(range(L)), cut=AFTER_ATTENTION, score=method.score, query_slots=data.room.text
-    )
-    B = len(data.batches[0].visual_tokens)
-    zero = np.zeros((L, B), np.float32)
-    plain = mask_schedule(method, depth_of(config), data.room)
+    depth = data.engine.depth
+    plain = mask_schedule(method, depth, data.lengths)
     fields = {f.name: getattr(plain, f.name) for f in dataclasses.fields(Schedule)}
-
-    def counts(batch: Any) -> np.ndarray:
-        return candidates_left(method, depth_of(config), batch.layout.kind, batch.visual_tokens)
-
-    before = evaluate.run_set(
-        data, evaluate.run_prompts, everything, lambda _: (np.float32(-1), zero, zero)
-    )
-    after = evaluate.run_set(data, evaluate.run_prompts, MassLeft(**fields), counts)
+    zero = np.zeros((depth.num_hidden_layers, data.batches[0].prompt.batch), np.float32)
+    nothing_goes = [(np.float32(-1), zero, zero)] * len(data.batches)
+    counts = [candidates_left(method, depth, batch.prompt.layout) for batch in data.batches]
+    before = recorded(data, FitSchedule(**fields), nothing_goes)
+    after = recorded(data, MassLeft(**fields), counts)
     shares: dict[str, list] = {"cross": [], "self": []}
     for (batch, full), (_, left) in zip(before, after, strict=True):
         for place, name in ((1, "cross"), (2, "self")):
@@ -229,8 +225,9 @@ def mass_lost(data: Any, method: FitPrune) -> dict[str, float]:
 def cls_curve(params: Any) -> list[float]:
     """The sorted CLS attention, mean over calibration images, as shares of its sum."""
     samples = scene_samples()
-    data = encode_samples(params, samples, signals=frozenset({"cls_attention"}))
-    tiles = [b.patches.signals["cls_attention"][: b.rows] for b in data.batches]
+    signal = jaxprune.Signal("cls_attention", heads="joined")  # as PruMerge and iti read it
+    data = encode_samples(params, samples, signals=frozenset({signal}))
+    tiles = [b.patches.signals[signal][: b.rows] for b in data.batches]
     s = np.concatenate(tiles)[:, 0]  # of the only tile
     ordered = -np.sort(-s, axis=1)
     return (ordered / ordered.sum(1, keepdims=True)).mean(0).tolist()
@@ -243,12 +240,12 @@ def observations(params: Any, store: Store, points: list[dict]) -> dict[str, Any
     for budget in BUDGETS:
         name = f"mass lost {1 - budget:g}"
         recipe = store(f"recipe fitprune {1 - budget:g}", dict)
-        method = resolve(jaxprune.Recipe(**recipe), params.config).decoder
+        method = resolve(jaxprune.Recipe(**recipe), depth_of(params.config)).decoder
         found[name] = store(name, lambda method=method: mass_lost(data, method))
         found[f"fit {1 - budget:g}"] = recipe["calibration"] | recipe["reached"]
     found["gsearch"] = store("recipe gsearch 0.02", dict)["calibration"]
     own = [p for p in points if p["setting"] == "adaptive" and p["method"] == "prumerge"]
-    found["compression"] = params.config.num_image_tokens / own[0]["entering"]
+    found["compression"] = most_tokens(params.config) / own[0]["entering"]
     return found
 
 

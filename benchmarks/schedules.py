@@ -28,6 +28,8 @@ from rich.progress import track
 from jaxprune.engine.cost import cache_bytes, executed, prompt_cost
 from jaxprune.engine.lengths import candidates_left, gather_schedule
 from jaxprune.engine.shapes import Lengths
+from jaxprune.inputs.layout import ImageRoom, Layout, lay_out
+from jaxprune.inputs.request import Row
 from jaxprune.methods import (
     VTW,
     DecoderMethod,
@@ -40,9 +42,9 @@ from jaxprune.methods import (
     PSigmoid,
     PyramidDrop,
 )
-from jaxprune.models.llama import LlamaConfig, LlamaDecoder, Tokens
+from jaxprune.models.llama import LlamaConfig, LlamaDecoder, text_tokens
 from jaxprune.models.llava import LlavaConfig
-from jaxprune.ops.cuts import CONTEXT, LAST, NO_CUTS, QUESTION, VISUAL
+from jaxprune.ops.cuts import NO_CUTS, Tokens
 
 console = Console(stderr=True)
 TEXT = 60
@@ -57,7 +59,7 @@ def squeezed(curve: list[float]) -> tuple[float, ...]:
 
 def methods() -> dict[str, Any]:
     """Schedules like the published ones, at this depth."""
-    depth = Depth("llava", 32)
+    depth = Depth(32, frozenset({"llava-1.5-7b"}))
     published = {}
     for save in (0.4, 0.6, 0.8):
         kept = 576 - FitPrune(save=save).removed(576, depth)
@@ -77,14 +79,14 @@ def methods() -> dict[str, Any]:
     }
 
 
-def prompt(decoder: LlamaDecoder, params: Any, visual: int) -> Tokens:
-    S = visual + TEXT
-    kind = np.full((1, S), QUESTION, np.int32)
-    kind[:, :30], kind[:, 30 : 30 + visual], kind[:, -1] = CONTEXT, VISUAL, LAST
+def prompt(decoder: LlamaDecoder, params: Any, visual: int) -> tuple[Layout, Tokens]:
+    """An image in the middle of the text; random tokens stand for all of it."""
+    S, count = visual + TEXT, np.array([visual])
+    room = ImageRoom(count, count, np.zeros(1, int), visual)
+    layout = lay_out([Row([[0] * (TEXT // 2)] * 2, [0])], room, batch=1, sequence=S)
     ids = np.random.default_rng(0).integers(0, decoder.config.vocab_size, size=(1, S))
     x = decoder.apply({"params": params}, jnp.asarray(ids), method="embed")
-    positions = jnp.arange(S, dtype=jnp.int32)[None]
-    return Tokens(x, positions, jnp.ones((1, S), bool), jnp.asarray(kind))
+    return layout, text_tokens(x)._replace(kind=jnp.asarray(layout.embedded.kind))
 
 
 def median(times: list[float]) -> float:
@@ -108,7 +110,7 @@ def measure(
     decoder = LlamaDecoder(text)
     init = jax.jit(lambda key: decoder.init(key, jnp.zeros((1, 1), jnp.int32))["params"])
     params = init(jax.random.key(0))
-    depth, room = Depth("llava", L), Lengths(TEXT, visual)
+    depth, room = Depth(L), Lengths(TEXT, visual)
 
     @functools.partial(jax.jit, static_argnames="schedule")
     def prefill(params: Any, tokens: Tokens, counts: Any, *, schedule: Any) -> Any:
@@ -117,29 +119,27 @@ def measure(
         return found.tokens.x[:, -1], found.caches
 
     @functools.partial(jax.jit, donate_argnames="caches")
-    def decode(params: Any, position: Any, caches: Any, step: Any) -> Any:
-        ids = jnp.zeros(1, jnp.int32)
-        logits, caches = decoder.apply(
-            {"params": params}, ids, position, caches, step, method="decode"
-        )
-        return logits, caches
+    def decode(params: Any, position: Any, caches: Any, step: Any, active: Any) -> Any:
+        fields = (jnp.zeros(1, jnp.int32), position, caches, step, active)
+        return decoder.apply({"params": params}, *fields, method="decode")
 
+    position, active = jnp.array([visual + TEXT]), np.ones(1, bool)
+    steps = np.arange(6, dtype=np.int32)[:, None]  # of a row each
     runs = {}
     chosen = {n: m for n, m in methods().items() if n == "none" or not only or n in only}
     for name, method in track(chosen.items(), f"Compiling, {visual}", console=console):
         schedule, counts, entering = NO_CUTS, None, visual
         if isinstance(method, PruMergePlus):
             entering = visual * 144 // 576 + 1  # the merged token
-        tokens = prompt(decoder, params, entering)
+        layout, tokens = prompt(decoder, params, entering)
         if isinstance(method, DecoderMethod):
             schedule = gather_schedule(method, depth, room, distinct=distinct)
-            counts = candidates_left(method, depth, np.asarray(tokens.kind), np.array([visual]))
+            counts = candidates_left(method, depth, layout)
         compiled = prefill.lower(params, tokens, counts, schedule=schedule).compile()
         run = functools.partial(compiled, params, tokens, counts)
         sizes = compiled.memory_analysis()
         caches = jax.block_until_ready(run())[1]
-        position = jnp.array([visual + TEXT])
-        caches = jax.block_until_ready(decode(params, position, caches, np.int32(0)))[1]
+        caches = jax.block_until_ready(decode(params, position, caches, steps[0], active))[1]
         runs[name] = {"method": method, "schedule": schedule, "run": run, "caches": caches}
         runs[name] |= {"prefill": [], "decode": [], "entering": entering}
         runs[name]["memory"] = sizes.temp_size_in_bytes + sizes.output_size_in_bytes
@@ -149,9 +149,9 @@ def measure(
             began = time.perf_counter()
             jax.block_until_ready(one["run"]())
             one["prefill"].append(time.perf_counter() - began)
-            for step in range(1, 6):
+            for step in steps[1:]:
                 began = time.perf_counter()
-                logits, one["caches"] = decode(params, position, one["caches"], np.int32(step))
+                logits, one["caches"] = decode(params, position, one["caches"], step, active)
                 jax.block_until_ready(logits)
                 one["decode"].append(time.perf_counter() - began)
 

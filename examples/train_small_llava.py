@@ -46,10 +46,11 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from jaxprune import checkpoints_convert
 from jaxprune.data import scenes
-from jaxprune.inputs.processor import CLIP_MEAN, CLIP_STD, processor_files
-from jaxprune.models import llava
 from jaxprune.models.clip import ClipVisionConfig, ClipVisionTower
-from jaxprune.models.llama import LlamaConfig, LlamaDecoder, Tokens
+from jaxprune.models.llama import LlamaConfig, LlamaDecoder, text_tokens
+from jaxprune.models.llava import LlavaConfig
+from jaxprune.models.llava.images import CLIP_MEAN, CLIP_STD
+from jaxprune.models.registry import family_of
 
 MEAN, STD = np.array(CLIP_MEAN, np.float32), np.array(CLIP_STD, np.float32)
 PROMPT_BEFORE_IMAGE = "USER: "
@@ -87,8 +88,8 @@ def segment_text(question: str) -> str:
     return f"\n{question} ASSISTANT:"
 
 
-def small_config() -> llava.LlavaConfig:
-    return llava.LlavaConfig(
+def small_config() -> LlavaConfig:
+    return LlavaConfig(
         vision_config=ClipVisionConfig(
             hidden_size=128,
             intermediate_size=384,
@@ -253,7 +254,7 @@ def normalise(pixels: jax.Array) -> jax.Array:
 
 
 def vision_losses(
-    params: dict, config: llava.LlavaConfig, batch: dict
+    params: dict, config: LlavaConfig, batch: dict
 ) -> tuple[jax.Array, jax.Array, dict]:
     """Features `[B, N, C]` of LLaVA's feature layer, the two vision losses' sum, and metrics."""
     tower = ClipVisionTower(config.vision_config)
@@ -312,7 +313,7 @@ def word_loss(
 
 def answer_logits(
     params: dict,
-    config: llava.LlavaConfig,
+    config: LlavaConfig,
     visual: jax.Array,
     places: jax.Array,
     batch: dict,
@@ -351,12 +352,7 @@ def answer_logits(
         jnp.broadcast_to(start + jnp.tile(jnp.arange(length), segments), (B, segments * length)),
     ]
     positions = jnp.concatenate(positions, axis=1).astype(jnp.int32)
-    tokens = Tokens(
-        x=x,
-        positions=positions,
-        valid=jnp.ones(x.shape[:2], bool),
-        kind=jnp.zeros(x.shape[:2], jnp.int32),
-    )
+    tokens = text_tokens(x)._replace(positions=positions)
     prefilled = decoder.apply(variables, tokens, new_slots=0, mask=mask, method="prefill")
     hidden = prefilled.tokens.x[:, prefix:].reshape(B, segments, length, -1)
     return decoder.apply(variables, hidden, method="logits")
@@ -366,7 +362,7 @@ def loss_function(
     params: dict,
     batch: dict,
     *,
-    config: llava.LlavaConfig,
+    config: LlavaConfig,
     before: jax.Array,
     words: dict[str, np.ndarray],
     stage: "Stage",
@@ -376,7 +372,7 @@ def loss_function(
         return loss, metrics
     # The tower rests: it has learned to see, and answers would make it forget first.
     features, loss = jax.lax.stop_gradient((features, loss))
-    visual = llava.project(params["model"], config, features)
+    visual = family_of(config).project(params["model"], config, features)
     alignment = word_loss(params, visual, batch["patches"], words)
     places = jnp.broadcast_to(jnp.arange(visual.shape[1]), visual.shape[:2])
     if stage.patches is not None:
@@ -451,13 +447,13 @@ def optimizer(stage: Stage) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(1.0), inner)
 
 
-def init_params(config: llava.LlavaConfig, seed: int) -> dict:
+def init_params(config: LlavaConfig, seed: int) -> dict:
     model, heads = jax.random.split(jax.random.key(seed))
     width = config.vision_config.hidden_size
     captions = jnp.zeros((1, scenes.MAX_OBJECTS, 4), jnp.int32)
     shapes = (jnp.zeros((1, GRID * GRID, width)), jnp.zeros((1, width)), captions)
     return {
-        "model": llava.init_params(config, model),
+        "model": family_of(config).init_params(config, model),
         "heads": TrainingHeads(width).init(heads, *shapes)["params"],
     }
 
@@ -540,7 +536,7 @@ CHAT_TEMPLATE = """\
 
 
 def export_model(
-    params: dict, config: llava.LlavaConfig, tokenizer: Tokenizer, directory: pathlib.Path
+    params: dict, config: LlavaConfig, tokenizer: Tokenizer, directory: pathlib.Path
 ) -> None:
     """Write weights, configs, tokenizer and processor as `transformers` reads them."""
     token_ids = {
@@ -559,7 +555,7 @@ def export_model(
             "clean_up_tokenization_spaces": False,
             "model_max_length": config.text_config.max_position_embeddings,
         },
-        **processor_files(config),
+        **family_of(config).processor_files(config),
     }
     with tempfile.TemporaryDirectory() as name:
         companions = pathlib.Path(name)

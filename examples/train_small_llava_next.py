@@ -35,10 +35,12 @@ from train_small_llava import (
 import jaxprune
 from jaxprune import checkpoints_convert
 from jaxprune.data import scenes
-from jaxprune.inputs.processor import load_processor, pixel_values, processor_files
-from jaxprune.models import llava_next
+from jaxprune.engine.cost import most_tokens
+from jaxprune.inputs.pixels import pixel_values
+from jaxprune.inputs.processor import load_processor
 from jaxprune.models.llava_next import LlavaNextConfig
-from jaxprune.ops.tiles import NEWLINE
+from jaxprune.models.registry import family_of
+from jaxprune.ops.tiles import NEWLINE, VisualSize
 
 TILE = 96
 SIDE = 2 * TILE
@@ -60,7 +62,7 @@ def untrained() -> jaxprune.Params:
 def export(params: dict, config: LlavaNextConfig, directory: pathlib.Path) -> None:
     """The model as `transformers` reads it, with the shipped model's tokenizer."""
     checkpoints_convert.export(params, config, directory, companions=jaxprune.SMALL_MODEL)
-    for name, content in processor_files(config).items():
+    for name, content in family_of(config).processor_files(config).items():
         (directory / name).write_text(json.dumps(content, indent=2) + "\n")
 
 
@@ -112,11 +114,11 @@ def make_batch(
 def loss_function(
     params: dict, batch: dict, *, config: LlavaNextConfig, before: jax.Array, stage: Stage
 ) -> tuple[jax.Array, dict]:
-    slots = config.tiling(SIDE, SIDE).slots  # [744]
-    vision = llava_next.encode_image(params["model"], config, batch["pixels"])
+    family, slots = family_of(config), config.tiling(VisualSize(SIDE, SIDE)).slots  # [744]
+    vision = family.encode(params["model"], config, batch["pixels"])
     features = jax.lax.stop_gradient(vision.features)  # [B * 5, 144, C]
     patches = features.reshape(len(batch["shown"]), -1, features.shape[-1])
-    visual = llava_next.project(params["model"], config, patches[:, np.maximum(slots, 0)])
+    visual = family.project(params["model"], config, patches[:, np.maximum(slots, 0)])
     newline = (slots == NEWLINE)[None, :, None]
     visual = jnp.where(newline, params["model"]["image_newline"], visual)
     places = jnp.broadcast_to(jnp.arange(len(slots)), visual.shape[:2])
@@ -141,11 +143,12 @@ def main() -> None:
     assert model.processor is not None
     working = args.out.with_name(args.out.name + ".training")
     working.mkdir(parents=True, exist_ok=True)
-    for name, content in processor_files(model.config).items():
+    family = family_of(model.config)
+    for name, content in family.processor_files(model.config).items():
         (working / name).write_text(json.dumps(content, indent=2) + "\n")
     for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
         shutil.copy(jaxprune.SMALL_MODEL / name, working)
-    model = jaxprune.Params(model.arrays, model.config, load_processor(working))
+    model = jaxprune.Params(model.arrays, model.config, load_processor(working, family))
 
     tokenizer = Tokenizer.from_file(str(jaxprune.SMALL_MODEL / "tokenizer.json"))
     before = jnp.asarray(tokenizer.encode(PROMPT_BEFORE_IMAGE).ids, jnp.int32)
@@ -170,7 +173,7 @@ def main() -> None:
         params = train_stage(stage, params, loss, make, working)
     export(params["model"], model.config, args.out)
     shutil.rmtree(working)
-    print(f"{args.out}: {model.config.num_image_tokens} visual tokens at most.")
+    print(f"{args.out}: {most_tokens(model.config)} visual tokens at most.")
 
 
 if __name__ == "__main__":
