@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint types wheel clean
+.PHONY: help demo test test-all test-without-torch lint types wheel clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -37,8 +37,14 @@ demo: $(VENV)/.base  ## ask the small model about the shipped picture, with and 
 test: $(VENV)/.dev  ## the test suite, against PyTorch, without the longer checks
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
-test-all: $(VENV)/.dev  ## the longer checks too
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+test-all: $(VENV)/.dev  ## the longer checks too, and all others with XLA's full optimisation
+	JAXPRUNE_TEST_OPTIMISED=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-without-torch:  ## the test suite in a new environment of PYTHON, without the oracle
+	@rm -rf $(VENV)-without-torch
+	@$(PYTHON) -m venv $(VENV)-without-torch
+	@$(VENV)-without-torch/bin/python -m pip install -q -e '.[test]'
+	$(VENV)-without-torch/bin/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 lint: $(VENV)/.dev  ## ruff
 	$(BIN)/ruff check .
@@ -52,4 +58,4 @@ wheel: $(VENV)/.dev  ## build the wheel and try it from another directory, witho
 	PYTHON="$(PYTHON)" sh tests/smoke_wheel.sh $(BIN)/python
 
 clean:  ## remove the environment and everything built
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-without-torch build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -72,7 +72,7 @@ def load(
         directory: the model's directory.
         dtype: "float32", "bfloat16", "float16", or "auto": float32 on CPU; on an
             accelerator bfloat16 for 16-bit weights, else float32.
-        mesh: a device mesh to lay the weights over; see `jaxprune.partition`.
+        mesh: a device mesh to lay the weights over; see docs/devices.md.
         vision_tower: the CLIP tower's directory, for checkpoints in LLaVA's original
             format, which do not hold it.
         show_progress: a bar on stderr; None shows it in a terminal.

@@ -6,9 +6,12 @@ import tempfile
 
 import jaxtyping
 
+from tests import typecheck
+
 # The shapes in annotations are checked while the tests run.
-CHECKED = [f"jaxprune.ops.{name}" for name in ("attention", "merging", "ranking", "rope")]
-jaxtyping.install_import_hook(CHECKED, "beartype.beartype")
+CHECKED = [f"jaxprune.{name}" for name in ("ops", "methods", "models", "engine.stages")]
+CHECKED += ["jaxprune.engine.sampling"]
+jaxtyping.install_import_hook(CHECKED, f"{typecheck.__name__}.functions")
 
 # Most of the suite's time is XLA's. Unless full optimisation is asked for, programs are compiled
 # quickly, and those that several files need are shared on disk.

@@ -1,6 +1,5 @@
 """From calibration samples to a recipe: FitPrune's fit, G-Search, P-Sigmoid, iti's constant.
 
-data.py       samples: JSONL files, or drawn scenes
 evaluate.py   samples through the decoder in mask mode: one program per batch shape
 fitprune.py   FitPrune's fit
 search.py     G-Search, P-Sigmoid, iti's c: functions of a score, without any model
@@ -117,7 +116,7 @@ def calibrate(
         samples: a list of `Sample`, the path of a JSONL file with "image", "question" and
             "answer", or None for drawn scenes.
         progress_file: where evaluations are kept as they are done, so that an interrupted
-            search goes on; removed at the end.
+            search resumes; removed at the end.
         show_progress: a bar on stderr; None shows it in a terminal.
         **settings: see `Settings`.
 

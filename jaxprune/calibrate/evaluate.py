@@ -1,6 +1,6 @@
 """Scoring schedules on calibration samples, in mask mode: one program per batch shape.
 
-The images are encoded once. A row is a prompt with its reference answer behind it; the
+The images are encoded once. A row is a prompt with its reference answer after it; the
 answer's tokens are predicted from the pruned prompt, and never vote on what is pruned.
 """
 

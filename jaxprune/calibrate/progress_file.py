@@ -1,4 +1,4 @@
-"""Evaluations that are done, kept on disk so that an interrupted search goes on."""
+"""Evaluations that are done, kept on disk so that an interrupted search resumes."""
 
 import json
 import pathlib
@@ -57,7 +57,7 @@ class ProgressFile:
 
     def __exit__(self, kind: Any, *_: Any) -> None:
         self._bar.stop()
-        # Kept for another try behind an interruption or a crash, not where the answer is known.
+        # Kept for another try after an interruption or a crash, not where the answer is known.
         finished = kind is None or issubclass(kind, UserError)
         if finished and self.path is not None:
             self.path.unlink(missing_ok=True)

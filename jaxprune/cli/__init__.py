@@ -6,9 +6,6 @@
 Every other file is a command: it reads its options, calls a function of the library and
 prints. The result alone goes to stdout; progress, notes and errors go to stderr. A user's
 mistake ends with exit code 2 and no traceback.
-
-Commands import the library when they run: JAX takes a second to import, and --help should
-not wait for it.
 """
 
 import sys
@@ -23,7 +20,7 @@ from jaxprune.cli.convert import convert
 from jaxprune.cli.cost import cost
 from jaxprune.cli.generate import generate
 from jaxprune.cli.methods import methods
-from jaxprune.cli.output import stderr
+from jaxprune.cli.output import note, stderr
 from jaxprune.cli.show import show
 from jaxprune.errors import UserError
 
@@ -52,5 +49,5 @@ def main(argv: Sequence[str] | None = None) -> None:
         stderr.print(f"[bold red]Error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
-        stderr.print("Interrupted.")
+        note("Interrupted.")
         sys.exit(130)

@@ -4,12 +4,13 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
+import jaxprune
 from jaxprune.cli.options import (
     DtypeOption,
     JsonOption,
@@ -20,9 +21,8 @@ from jaxprune.cli.options import (
 )
 from jaxprune.cli.output import print_wide
 from jaxprune.errors import UserError
-
-if TYPE_CHECKING:
-    from jaxprune.reports.bench import Measured
+from jaxprune.reports import bench as measure
+from jaxprune.reports.bench import Measured
 
 _BENCHED = ("none", "prumerge", "prumerge_plus", "vtw")
 
@@ -31,7 +31,7 @@ def bench(
     method: Annotated[
         list[str] | None,
         typer.Option(
-            help="A method, with its options behind a colon and semicolons between them, e.g. "
+            help="A method, with its options after a colon and semicolons between them, e.g. "
             "prumerge_plus:keep=64;order=raster; repeat it to compare several. The first is what "
             "the others are compared with."
         ),
@@ -49,17 +49,16 @@ def bench(
     as_json: JsonOption = False,
 ) -> None:
     """Time answers under several methods, beside what the hardware could do."""
-    import jaxprune
-    from jaxprune.reports.bench import bench as run
-    from jaxprune.reports.bench import describe_machine
 
     if batch < 1:
         raise UserError(f"--batch is {batch}; expected 1 or more.")
     chosen = [(text, _method_with_options(text)) for text in method or _BENCHED]
     params = jaxprune.load(model, dtype=dtype, vision_tower=vision_tower)
     images = [image or jaxprune.DEMO_IMAGE] * batch
-    rows, ceilings = run(params, images, prompt, chosen, new_tokens=new_tokens, rounds=rounds)
-    machine = {**describe_machine(), "dtype": params.config.dtype}
+    rows, ceilings = measure.bench(
+        params, images, prompt, chosen, new_tokens=new_tokens, rounds=rounds
+    )
+    machine = {**measure.describe_machine(), "dtype": params.config.dtype}
     if as_json:
         fields = [dataclasses.asdict(row) for row in rows]
         print(json.dumps({"machine": machine, "ceilings": ceilings, "rows": fields}))

@@ -8,15 +8,16 @@ import pathlib
 import signal
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
+import jaxprune
+from jaxprune import Recipe
+from jaxprune.calibrate import Settings
 from jaxprune.cli.options import DtypeOption, JsonOption, ModelOption, SaveOption, TowerOption
-from jaxprune.cli.output import refuse_existing, stderr
-
-if TYPE_CHECKING:
-    from jaxprune import Recipe
+from jaxprune.cli.output import note, refuse_existing
+from jaxprune.reports.recipe_plot import figure, plot_recipe
 
 
 def calibrate(
@@ -52,9 +53,7 @@ def calibrate(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Fit a decoder-side method to a model; interrupted, the same command goes on."""
-    import jaxprune
-    from jaxprune.reports.recipe_plot import plot_recipe
+    """Fit a decoder-side method to a model; interrupted, the same command resumes."""
 
     settings: dict[str, Any] = {
         "method": method, "save": save, "keep_rate": keep_rate, "tolerance": tolerance,
@@ -75,8 +74,6 @@ def calibrate(
 
 def _check(settings: dict[str, Any], out: pathlib.Path, plot: pathlib.Path | None) -> None:
     """Raise `UserError` for a mistake before anything is loaded."""
-    from jaxprune.calibrate import Settings
-    from jaxprune.reports.recipe_plot import figure
 
     Settings(**settings)
     refuse_existing(out)
@@ -93,7 +90,7 @@ def _ending_at_once(progress: pathlib.Path) -> Iterator[None]:
         # At once: an exception may be swallowed by JAX's callbacks, and taking a runtime down
         # in the middle of a program may crash. Every finished evaluation is on disk.
         progress.with_name(f".{progress.name}.partial").unlink(missing_ok=True)
-        stderr.print("Interrupted; the same command goes on where it was.")
+        note("Interrupted; the same command resumes.")
         sys.stderr.flush()
         os._exit(130)
 

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from jaxprune import checkpoints_convert
 from jaxprune.cli.options import JsonOption, TowerOption
 
 
@@ -22,7 +23,6 @@ def convert(
     as_json: JsonOption = False,
 ) -> None:
     """Rewrite a checkpoint as one clean directory, and check it."""
-    from jaxprune import checkpoints_convert
 
     report = checkpoints_convert.convert(
         source,

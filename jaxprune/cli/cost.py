@@ -1,7 +1,7 @@
 """`jaxprune cost`."""
 
 import json
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -17,10 +17,9 @@ from jaxprune.cli.options import (
     method_options,
     parse_method,
 )
+from jaxprune.engine.cost import FORMULA, Cost, estimate
 from jaxprune.errors import UserError
-
-if TYPE_CHECKING:
-    from jaxprune.engine.cost import Cost
+from jaxprune.model import read_config
 
 
 def cost(
@@ -46,8 +45,6 @@ def cost(
     as_json: JsonOption = False,
 ) -> None:
     """Count tokens, FLOPs and cache bytes of a prompt, without running or loading anything."""
-    from jaxprune.engine.cost import estimate
-    from jaxprune.model import read_config
 
     found = estimate(
         read_config(model, dtype),
@@ -74,7 +71,6 @@ def _parse_size(text: str | None) -> tuple[int, int] | None:
 
 
 def _print(found: "Cost") -> None:
-    from jaxprune.engine.cost import FORMULA
 
     Console().print(_table(found))
     saved = {name: f"{100 * share:.1f} %" for name, share in found.saved.items()}

@@ -3,10 +3,12 @@
 import dataclasses
 import json
 import pathlib
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
+import jaxprune
+from jaxprune import Answer
 from jaxprune.cli.options import (
     DtypeOption,
     ExtraOption,
@@ -20,9 +22,6 @@ from jaxprune.cli.options import (
     method_options,
     parse_method,
 )
-
-if TYPE_CHECKING:
-    from jaxprune import Answer
 
 
 def generate(
@@ -49,7 +48,6 @@ def generate(
     as_json: JsonOption = False,
 ) -> None:
     """Answer a prompt about an image."""
-    import jaxprune
 
     (answer,) = jaxprune.generate(
         jaxprune.load(model, dtype=dtype, vision_tower=vision_tower),

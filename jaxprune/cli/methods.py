@@ -6,11 +6,11 @@ from rich.table import Table
 
 from jaxprune.cli.options import JsonOption
 from jaxprune.cli.output import print_wide
+from jaxprune.methods import METHODS, describe
 
 
 def methods(as_json: JsonOption = False) -> None:
     """List the pruning methods with paper, family and options."""
-    from jaxprune.methods import METHODS, describe
 
     rows = [describe(cls) for cls in METHODS.values()]
     if as_json:

@@ -11,6 +11,11 @@ stderr = Console(stderr=True)
 _WIDTH = 120  # of tables whose columns do not fit into a narrow terminal
 
 
+def note(text: str) -> None:
+    """A line on stderr, as long as it is."""
+    stderr.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 def print_wide(table: Table) -> None:
     """Print a table in at least 120 columns; in a file or a pipe there are 80 otherwise."""
     Console(width=max(_WIDTH, Console().width)).print(table)

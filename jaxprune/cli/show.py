@@ -1,10 +1,12 @@
 """`jaxprune show`."""
 
 import pathlib
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
+from PIL import Image
 
+import jaxprune
 from jaxprune.cli.options import (
     DtypeOption,
     ExtraOption,
@@ -17,11 +19,9 @@ from jaxprune.cli.options import (
     method_options,
     parse_method,
 )
-from jaxprune.cli.output import refuse_existing, stderr
+from jaxprune.cli.output import note, refuse_existing
 from jaxprune.errors import UserError
-
-if TYPE_CHECKING:
-    from PIL import Image
+from jaxprune.reports.kept_patches import kept_over_depth
 
 
 def show(
@@ -40,9 +40,7 @@ def show(
     vision_tower: TowerOption = None,
     dtype: DtypeOption = "auto",
 ) -> None:
-    """Draw the patches that survive, before the decoder and behind some of its layers."""
-    import jaxprune
-    from jaxprune.reports.kept_patches import kept_over_depth
+    """Draw the patches that survive, before the decoder and after some of its layers."""
 
     refuse_existing(out)
     chosen = _parse_layers(layers)
@@ -55,7 +53,7 @@ def show(
         **method_options(option, kept_over_depth, keep=keep, save=save, keep_rate=keep_rate),
     )
     _write(picture, out)
-    stderr.print(f"{out}: {picture.width} x {picture.height} pixels.")
+    note(f"{out}: {picture.width} x {picture.height} pixels.")
 
 
 def _parse_layers(text: str | None) -> list[int] | None:

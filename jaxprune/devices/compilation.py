@@ -83,7 +83,7 @@ class Compilations:
 def no_compilation() -> Iterator[Compilations]:
     """A context in which every XLA compilation of this thread is an error.
 
-    What `warmup` covered runs as before. A request that needs another program raises behind
+    What `warmup` covered runs as before. A request that needs another program raises after
     the compilation, naming the stage and the shape; the program is then there for the next one.
 
     Yields:

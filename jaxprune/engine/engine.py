@@ -268,13 +268,19 @@ class Engine:
         with on_mesh(self.mesh), clock.stage("select", **sizes) as told:
             asked = self._embedded(questions, shape) if self._reads_question else None
             known = self.shapes.fixed_capacity(shape)
-            if known is not None:
-                counts = np.full(number, known)
-            elif method is None:
+            if method is None:
                 counts = self.unpruned(encoded.tilings).counts
+            elif known is not None and type(method).__module__.startswith("jaxprune."):
+                counts = np.full(number, known)
             else:  # the numbers that the host has to know
                 found = stages.count(encoded.vision, encoded.packing, asked, method)
                 counts = to_host(found)[:number]
+                if known is not None and (counts != known).any():
+                    raise UserError(
+                        f"{method.name} leaves {sorted(set(counts.tolist()))} visual tokens of an "
+                        f"image, but its fixed_count promises {known}; correct fixed_count, or "
+                        "leave it out."
+                    )
             if capacity is None:
                 capacity = known or self.shapes.of_selection(shape, int(counts.max()))
             told["visual"] = capacity
@@ -331,7 +337,8 @@ class Engine:
         self, rows: Sequence[Row], seen: Seen, lengths: Lengths, *, batch: int, new_slots: int
     ) -> Prompt:
         """Rows and their images as a prompt of a bucket's size."""
-        layout = lay_out(rows, seen.room, batch=batch, sequence=sum(lengths))
+        axes = self.config.position_axes
+        layout = lay_out(rows, seen.room, batch=batch, sequence=sum(lengths), axes=axes)
         method, schedule, left = self.plan.decoder, NO_CUTS, None
         if method is not None and lengths.visual:
             distinct = self.buckets.schedule_lengths
@@ -351,7 +358,10 @@ class Engine:
 
     def embed(self, prompt: Prompt, seen: Seen) -> Tokens:
         """A prompt as the decoder's input."""
-        embedded = spread(prompt.layout.embedded, self.mesh)
+        layout = prompt.layout.embedded
+        axis = len(self.config.position_axes)  # of the rows, in positions
+        embedded = spread(layout, self.mesh)
+        embedded = embedded._replace(positions=spread(layout.positions, self.mesh, axis=axis))
         with on_mesh(self.mesh):
             tokens: Tokens = stages.embed(self.arrays, embedded, seen.selection, config=self.config)
         return tokens

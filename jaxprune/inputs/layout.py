@@ -70,7 +70,14 @@ def text_room(row: Row, fixed: np.ndarray) -> int:
     return text_length(row) + (not row.pieces[-1]) + visual_length(row, fixed)
 
 
-def lay_out(rows: Sequence[Row], room: ImageRoom, *, batch: int, sequence: int) -> Layout:
+def lay_out(
+    rows: Sequence[Row],
+    room: ImageRoom,
+    *,
+    batch: int,
+    sequence: int,
+    axes: tuple[int, ...] = (),
+) -> Layout:
     """Text and visual tokens of every row in order, without gaps, padded on the right.
 
     Args:
@@ -78,6 +85,7 @@ def lay_out(rows: Sequence[Row], room: ImageRoom, *, batch: int, sequence: int) 
         room: what their images take up.
         batch: rows to pad to; the padding rows are one token long.
         sequence: slots to pad to.
+        axes: (A,) where positions have several axes: text is at the same place on each.
     """
     token_ids = np.zeros((batch, sequence), np.int32)
     visual_index = np.full((batch, sequence), -1, np.int32)
@@ -109,5 +117,6 @@ def lay_out(rows: Sequence[Row], room: ImageRoom, *, batch: int, sequence: int) 
     fixed = np.zeros(batch, int)
     fixed[: len(rows)] = [visual_length(row, room.fixed) for row in rows]
     visual = (visual_index >= 0).sum(axis=1)
+    positions = np.broadcast_to(positions, (*axes, *positions.shape))
     embedded = Embedded(token_ids, visual_index, kind, positions, lengths)
     return Layout(embedded, next_position, (kind == VISUAL).sum(axis=1) - fixed, visual)

@@ -49,6 +49,19 @@ class Method(Protocol):
         """What it does on each side."""
 
 
+@runtime_checkable  # so that the tests can check it
+class MethodClass(Protocol):
+    """A class of methods: what listings and names ask of it."""
+
+    name: str
+    side: str
+    paper: str
+    summary: str
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        """A method with these hyperparameters."""
+
+
 class Merged(NamedTuple):
     """What a method that merges makes of tiles.
 
@@ -236,6 +249,11 @@ class KeepRates(DecoderMethod):
     def removed(self, num_tokens: int, depth: Depth) -> np.ndarray:
         # What layer l + 1 gets is what is left after layer l.
         rates = np.array(self.rates(depth), np.float64)
+        if len(rates) != depth.num_hidden_layers:
+            raise UserError(
+                f"{self.name} gives keep rates for {len(rates)} layers, but the decoder has "
+                f"{depth.num_hidden_layers}."
+            )
         kept = np.floor(rates * num_tokens + 0.5).astype(np.int64)
         return num_tokens - np.append(kept[1:], kept[-1])
 
@@ -246,7 +264,7 @@ def removed_table(method: DecoderMethod, depth: Depth, most: int) -> np.ndarray:
     return np.stack([method.removed(n, depth) for n in range(most + 1)])
 
 
-def options_of(cls: type) -> dict[str, "dataclasses.Field[Any]"]:
+def options_of(cls: Any) -> dict[str, "dataclasses.Field[Any]"]:
     """The hyperparameters of a method's class, its own before those that all have."""
     fields = dataclasses.fields(cls)
     return {field.name: field for field in sorted(fields, key=lambda f: f.name == "positions")}

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from jaxprune.errors import UserError
-from jaxprune.methods.base import Method, Plan, options_of
+from jaxprune.methods.base import Method, MethodClass, Plan, options_of
 from jaxprune.methods.baselines import RandomPlaces, UniformPlaces
 from jaxprune.methods.fitprune import FitPrune
 from jaxprune.methods.fixed_schedules import VTW, FastV, PyramidDrop
@@ -21,7 +21,7 @@ from jaxprune.methods.prumerge import PruMerge, PruMergePlus
 from jaxprune.methods.recipes import Recipe, load_recipe
 from jaxprune.ops.cuts import Depth
 
-METHODS: dict[str, type] = {
+METHODS: dict[str, MethodClass] = {
     cls.name: cls
     for cls in (
         PruMerge, PruMergePlus, Iti, FitPrune, GSearch, PSigmoid,
@@ -34,6 +34,7 @@ NO_PRUNING = "none"
 def resolve(
     method: Any,
     depth: Depth,
+    /,
     *,
     fractions: bool = False,
     others: Iterable[str] = (),
@@ -77,7 +78,7 @@ def resolve(
     return plan
 
 
-def _class_of(part: Any) -> type | None:
+def _class_of(part: Any) -> MethodClass | None:
     """The class of a named method; None for an instance, a recipe or no pruning."""
     if isinstance(part, type) and issubclass(part, Method):
         raise UserError(f"method is the class {part.__name__}; pass an instance, with its options.")
@@ -99,11 +100,11 @@ def _class_of(part: Any) -> type | None:
 
 def _check_options(
     parts: Sequence[Any],
-    classes: Sequence[type | None],
+    classes: Sequence[MethodClass | None],
     options: dict[str, Any],
     others: Iterable[str],
 ) -> None:
-    named = {cls.name: options_of(cls) for cls in classes if cls is not None}  # type: ignore[attr-defined]
+    named = {cls.name: options_of(cls) for cls in classes if cls is not None}
     unknown = sorted(name for name in options if not any(name in has for has in named.values()))
     if not unknown:
         return
@@ -122,12 +123,12 @@ def _check_options(
     )
 
 
-def _make(cls: type, options: dict[str, Any]) -> Method:
+def _make(cls: MethodClass, options: dict[str, Any]) -> Method:
     required = [n for n, f in options_of(cls).items() if f.default is dataclasses.MISSING]
     missing = [name for name in required if name not in options]
     if missing:
         example = "keep=64" if missing[0] == "keep" else f"{missing[0]}=0.25"
-        raise UserError(f"{cls.name} needs the option {', '.join(missing)}, e.g. {example}.")  # type: ignore[attr-defined]
+        raise UserError(f"{cls.name} needs the option {', '.join(missing)}, e.g. {example}.")
     made: Method = cls(**options)
     return made
 
@@ -179,7 +180,7 @@ def draws_at_random(method: Any) -> bool:
     return any(cls is not None and "seed" in options_of(cls) for cls in named)
 
 
-def describe(cls: Any) -> dict[str, Any]:
+def describe(cls: MethodClass) -> dict[str, Any]:
     """Name, side, summary, paper and options (with defaults) of a method, for listings."""
     options = {
         name: "required" if field.default is dataclasses.MISSING else field.default

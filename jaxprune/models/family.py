@@ -6,7 +6,7 @@ folder and one line of `registry`.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple, Protocol, Self
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Array, Bool, Float, Int
 
@@ -23,6 +23,7 @@ IMAGE_PLACEHOLDER = "<image>"
 """What stands for an image in the prompts that users write, whatever the family."""
 
 
+@runtime_checkable  # so that the tests can check it
 class DecoderSizes(Protocol):
     """What cost, memory and mesh ask of a decoder."""
 
@@ -48,6 +49,7 @@ class DecoderSizes(Protocol):
     def dtype(self) -> str: ...
 
 
+@runtime_checkable  # so that the tests can check it
 class TowerSizes(Protocol):
     """What shapes, cost, memory and mesh ask of a vision tower."""
 
@@ -73,6 +75,7 @@ class TowerSizes(Protocol):
         """About what encoding tiles takes beside the weights: what stays, and a layer at work."""
 
 
+@runtime_checkable  # so that the tests can check it
 class ModelConfig(Protocol):
     """The sizes of a model, and what they mean for images and positions. Frozen, hashable."""
 
@@ -116,7 +119,7 @@ class ModelConfig(Protocol):
         """What a mesh's "model" axis has to divide, by the names that an error gives them."""
 
     @classmethod
-    def from_hf(cls, fields: Mapping[str, Any], *, dtype: str = "float32") -> Self: ...
+    def from_hf(cls, fields: Mapping[str, Any], *, dtype: str = "float32") -> "ModelConfig": ...
 
     def to_hf(self) -> dict[str, Any]: ...
 
@@ -164,17 +167,19 @@ class Embedded(NamedTuple):
         visual_index: int32 `[B, S]`: which of the batch's `I * K` visual tokens a slot takes,
             or -1 for a text token.
         kind: int32 `[B, S]`, what a token is to a schedule: see `ops.cuts`.
-        positions: int32 `[B, S]`; of a visual token its image's first one.
+        positions: int32 `[B, S]`, or `[A, B, S]` with several axes; of a visual token its
+            image's first one.
         lengths: int32 `[B]`: slots in use, from the left.
     """
 
     token_ids: Int[AnyArray, "B S"]
     visual_index: Int[AnyArray, "B S"]
     kind: Int[AnyArray, "B S"]
-    positions: Int[AnyArray, "B S"]
+    positions: Int[AnyArray, "*A B S"]
     lengths: Int[AnyArray, " B"]
 
 
+@runtime_checkable  # so that the tests can check it
 class Template(Protocol):
     """A chat template, as text in Jinja."""
 
@@ -206,6 +211,7 @@ class PromptFormat:
         return fitting(original=original, end=end)
 
 
+@runtime_checkable  # so that the tests can check it
 class Family(Protocol):
     """A model family: its config class, its files and its stages as pure functions.
 

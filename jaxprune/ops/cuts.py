@@ -11,7 +11,7 @@ The counts are traced in both, so they never cause a compilation.
 """
 
 import dataclasses
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -106,6 +106,7 @@ class Score:
     later: bool = False
 
 
+@runtime_checkable  # so that the tests can check it
 class Ranker(Protocol):
     """What decides at a cut who stays: hashable, a static argument."""
 

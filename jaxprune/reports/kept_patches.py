@@ -147,7 +147,7 @@ def _stages(answer: Answer, layers: Sequence[int] | None) -> list[tuple[str, np.
     for layer in layers:
         last = max((cut for cut in cuts if cut <= layer), default=None)
         kept = answer.kept_indices[0] if last is None else cuts[last]
-        found.append((f"behind layer {layer}", kept))
+        found.append((f"after layer {layer}", kept))
     return found
 
 

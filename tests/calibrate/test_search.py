@@ -95,8 +95,12 @@ def test_tail_exponent_is_the_smallest_that_reaches_the_target():
 def test_a_tolerance_is_not_missed_by_rounding():
     """One wrong answer more of 200 is a tolerance of .005, whatever the floats say."""
     for right in range(1, 201):
+
+        def share(rates, right=right):
+            return (right if rates[-1] == 1 else right - 1) / 200
+
         rates = search.greedy_search(
-            lambda r, right=right: (right if r[-1] == 1 else right - 1) / 200,
+            share,
             num_hidden_layers=3,
             first_pruned_layer=2,
             tolerance=0.005,

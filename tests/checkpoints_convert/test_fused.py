@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import types
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,7 +13,7 @@ from jax.sharding import PartitionSpec
 from safetensors.numpy import load_file, save_file
 
 import jaxprune
-from jaxprune.checkpoints_convert import convert, export, load_checkpoint
+from jaxprune.checkpoints_convert import convert, export, load, load_checkpoint
 from jaxprune.models import registry
 from jaxprune.models.weights import KeyTable, join_rows, linear, split_rows
 
@@ -70,11 +71,11 @@ PART = KeyTable(
 
 @pytest.fixture(params=[4, 2, 1], ids=lambda kv_heads: f"g={HEADS // kv_heads}")
 def directory(request, monkeypatch, tmp_path):
-    family = types.SimpleNamespace(
-        param_shapes=param_shapes, KEY_TABLE=PART.under("text.", "decoder/")
+    family: Any = types.SimpleNamespace(
+        config=Config, param_shapes=param_shapes, weights=PART.under("text.", "decoder/")
     )
-    monkeypatch.setitem(registry.FAMILIES, "made_up", family)
-    monkeypatch.setitem(registry.CONFIGS, "made_up", Config)
+    monkeypatch.setattr(registry, "FAMILIES", {**registry.FAMILIES, "made_up": family})
+    monkeypatch.setattr(load, "FAMILIES", registry.FAMILIES)
     config = Config(request.param)
     rows = (HEADS + 2 * config.kv_heads) * HEAD
     rng = np.random.default_rng(0)
@@ -91,6 +92,10 @@ def directory(request, monkeypatch, tmp_path):
     write(source, tensors)
     (source / "config.json").write_text(json.dumps(config.to_hf()))
     return source
+
+
+def loaded(directory) -> tuple[dict, Any]:
+    return load_checkpoint(directory)
 
 
 def stored(directory):
@@ -111,7 +116,7 @@ def separate_mlp(tensors):
 
 def test_every_row_goes_to_its_parameter(directory):
     tensors = stored(directory)
-    params, config = load_checkpoint(directory)
+    params, config = loaded(directory)
     layer = params["decoder"]["layers_1"]
     groups = config.kv_heads
     each = HEADS // groups
@@ -149,7 +154,7 @@ def test_export_and_convert_write_what_was_read(directory, tmp_path):
 
 
 def test_through_the_own_format_and_back(directory, tmp_path):
-    params, config = load_checkpoint(directory)
+    params, config = loaded(directory)
     report = convert(directory, tmp_path / "own", format="jaxprune")
     flat = flatten_dict(params, sep="/")
     assert report.tensors == report.verified == len(flat)

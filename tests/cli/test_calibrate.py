@@ -119,7 +119,7 @@ def test_an_interrupt_ends_at_once_and_keeps_the_progress(
         main([*asked, "--out", str(tmp_path / "r.json")])
     assert signal.getsignal(signal.SIGINT) is before
     assert [path.name for path in tmp_path.iterdir()] == ["r.json.progress"]
-    assert "the same command goes on where it was" in capsys.readouterr().err
+    assert "the same command resumes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def test_the_table(run):
     "arguments, message",
     [
         (["--method", "prumerge"], "depends on the image; give their number as visual_tokens"),
-        (["--method", "fitprune", "--save", "0.6"], "make one with `jaxprune calibrate`"),
+        (["--method", "fitprune", "--save", "0.6"], "Make one with `jaxprune calibrate`"),
         (["--method", "prumerge,uniform", "--keep", "3"], "are vision-side"),
         (["--method", "uniform", "--keep", "3", "--visual-tokens", "3"], "leave out visual_tokens"),
         (["--method", "prumerge", "--visual-tokens", "145"], "an image has 144 before pruning"),

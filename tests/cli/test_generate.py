@@ -1,6 +1,7 @@
 """`jaxprune generate` against the function."""
 
 import json
+from typing import Any
 
 import pytest
 
@@ -37,7 +38,7 @@ def test_json_holds_every_field_of_the_answer(scene, small_model, run):
 
 
 def test_options_reach_the_function(run, monkeypatch):
-    asked = {}
+    asked: dict[str, Any] = {}
 
     def load(directory, **fields):
         asked["load"] = (str(directory), fields)

@@ -5,6 +5,7 @@ import runpy
 import pytest
 
 import jaxprune
+from jaxprune.cli import main
 from tests import builders
 
 COMMANDS = ("generate", "show", "cost", "bench", "calibrate", "methods", "convert")
@@ -51,7 +52,7 @@ def test_any_other_error_is_not_hidden(monkeypatch):
 
     monkeypatch.setattr(jaxprune, "load", broken)
     with pytest.raises(ZeroDivisionError):
-        jaxprune.cli.main(["generate", "--prompt", "What?"])
+        main(["generate", "--prompt", "What?"])
 
 
 def test_brackets_in_a_message_are_text(refused):

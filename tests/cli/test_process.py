@@ -24,18 +24,3 @@ def test_a_mistake_is_one_line_on_stderr():
     (line,) = done.stderr.splitlines()
     assert line.startswith("Error: Unknown method 'fitprun'; known: none, ")
     assert line.endswith("Did you mean 'fitprune'?")
-
-
-def test_help_imports_no_jax():
-    program = (
-        "import sys\n"
-        "from jaxprune.cli import main\n"
-        "try:\n"
-        "    main(sys.argv[1:])\n"
-        "finally:\n"
-        "    print(*sorted({'jax', 'numpy', 'PIL', 'transformers'} & set(sys.modules)), 'END')\n"
-    )
-    done = run("-c", program, "generate", "--help")
-    assert done.returncode == 0 and done.stderr == ""
-    assert "--max-new-tokens" in done.stdout
-    assert done.stdout.splitlines()[-1].split() == ["END"]

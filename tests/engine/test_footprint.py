@@ -33,7 +33,8 @@ def test_the_estimate_is_near_what_xla_allocates(batch, slots):
     tokens = jax.eval_shape(embed, params, layout.embedded, None)
     sampling = make_sampling([Ask()] * batch, batch=batch, vocab_size=9)
     compiled = stages.prefill.lower(
-        params, tokens, None, layout.next_position, np.int32(batch), sampling, np.array([2], np.int32),
+        params, tokens, None, layout.next_position, np.int32(batch), sampling,
+        np.array([2], np.int32),
         config=config, schedule=NO_CUTS, new_slots=16, greedy=True,
     ).compile()  # fmt: skip
     sizes = compiled.memory_analysis()
@@ -51,8 +52,8 @@ def test_the_towers_estimate_is_near_what_xla_allocates(tiles):
     params = family_of(config).param_shapes(config)
     pixels = jax.ShapeDtypeStruct((tiles, 336, 336, 3), np.float32)
     signals = jaxprune.PruMergePlus.signals
-    sizes = stages.encode.lower(params, pixels, config=config, signals=signals).compile()
-    sizes = sizes.memory_analysis()
+    compiled = stages.encode.lower(params, pixels, config=config, signals=signals).compile()
+    sizes = compiled.memory_analysis()
     allocated = pixels.size * 4 + sizes.temp_size_in_bytes + sizes.output_size_in_bytes
     assert 0.6 < sum(config.tower.bytes(tiles)) / allocated < 1.7
 

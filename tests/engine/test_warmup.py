@@ -79,7 +79,10 @@ def test_a_process_full_of_programs_makes_no_more(tiny_model, monkeypatch, tmp_p
             with pytest.raises(jaxprune.UserError, match=r"memory mappings .* jax.clear_caches"):
                 ask("a " * 70)
         assert ask("a") == answer
-    assert isinstance(ask("a " * 70), str)
+    longer = jaxprune.generate(
+        tiny_model, image, "a " * 70, method="random", keep=3, max_new_tokens=2
+    )
+    assert ask("a " * 70) == longer
 
 
 def test_a_warm_up_covers_all_seeds(tiny_model):

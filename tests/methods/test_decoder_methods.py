@@ -1,6 +1,7 @@
 """Every decoder-side method against the plain decoder: survivors, caches, logits, answers."""
 
 import chex
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -169,7 +170,7 @@ def test_where_the_tail_begins(rng, c):
 
     curves = [rng.random(50) ** p for p in (1, 4, 20)]
     curves += [np.full(50, 0.02), np.r_[np.full(49, 0.01), 0.5]]
-    found = np.asarray(tail_start(np.array(curves, np.float32), c))
+    found = np.asarray(tail_start(jnp.array(curves, jnp.float32), c))
     assert found.tolist() == [reference_tail_start(np.float32(s), c) for s in curves]
 
 

@@ -1,12 +1,12 @@
 import dataclasses
 import json
+from typing import Any
 
 import numpy as np
 import pytest
 
 import jaxprune
-from jaxprune.methods import METHODS, resolve
-from jaxprune.methods.base import Depth
+from jaxprune.methods import METHODS, Depth, resolve
 from jaxprune.methods.recipes import PUBLISHED, Recipe, load_recipe, save_recipe
 from jaxprune.models.llava import LlavaConfig
 from jaxprune.models.registry import depth_of, fingerprint
@@ -19,7 +19,7 @@ SEVEN_B = Depth(32, frozenset({"llava-1.5-7b"}))
 @pytest.mark.parametrize("path", sorted(PUBLISHED.glob("*.json")), ids=lambda path: path.stem)
 def test_published_recipes_are_sound(path):
     recipe = load_recipe(path)
-    method = METHODS[recipe.method](
+    method: Any = METHODS[recipe.method](
         **{k: tuple(v) if isinstance(v, list) else v for k, v in recipe.options.items()}
     )
     depth = Depth(recipe.model["num_hidden_layers"], frozenset(recipe.model["made_for"]))
@@ -101,12 +101,13 @@ def test_files(tmp_path):
     save_recipe(recipe, path)
     assert load_recipe(path) == recipe
     good = json.loads(path.read_text())
-    for change, message in [
+    changes: list[tuple[dict, str]] = [
         ({"schema": 3}, "no recipe of schema 2"),
         ({"options": 3}, "options=3, of the wrong type"),
         ({"extra": 3}, "unknown .'extra'."),
         ({"model": {"made_for": []}}, "model lacks"),
-    ]:
+    ]
+    for change, message in changes:
         path.write_text(json.dumps({**good, **change}))
         with pytest.raises(jaxprune.UserError, match=message):
             load_recipe(path)

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 
 import jaxprune
@@ -73,4 +75,11 @@ def test_another_depth_says_to_calibrate(method):
 def test_every_method_describes_itself():
     for cls in METHODS.values():
         row = describe(cls)
-        assert row["summary"] and row["paper"] and row["options"]
+        assert row["name"] == cls.name and row["summary"] == cls.summary
+        assert "arXiv" in row["paper"] or row["paper"] == "baseline"
+        own = [field.name for field in dataclasses.fields(cls) if field.name != "positions"]
+        assert list(row["options"]) == [*own, "positions"]
+        required = [name for name, default in row["options"].items() if default == "required"]
+        assert required == {"psigmoid": ["keep_rate"], "random": ["keep"], "uniform": ["keep"]}.get(
+            cls.name, []
+        )

@@ -240,7 +240,8 @@ def test_calibration_on_images_of_other_sizes(model):
         model, samples[0].image, "What is it?", method=recipe, return_details=True
     )
     assert answer.cost.saved["visual_macs"] > 0.1
-    plan = resolve(jaxprune.calibrate(model, samples, method="iti", keep_rate=0.2), model.config)
+    recipe = jaxprune.calibrate(model, samples, method="iti", keep_rate=0.2)
+    plan = resolve(recipe, depth_of(model.config))
     assert plan.vision is not None and plan.decoder is not None
 
 

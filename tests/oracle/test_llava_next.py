@@ -1,6 +1,7 @@
 """LLaVA-NeXT against `transformers`, float32: tiles, packing, logits, answers."""
 
 import functools
+from typing import Any
 
 import chex
 import numpy as np
@@ -237,7 +238,8 @@ def test_an_original_checkpoint_answers_in_transformers(kind, size, tmp_path, rn
     )
     params = jaxprune.load(old, vision_tower=tower)
     # Equally good tilings: the original's first is the tall one, given as (width, height).
-    assert params.config.image_grid_pinpoints[:2] == ((64, 32), (32, 64))
+    config: Any = params.config
+    assert config.image_grid_pinpoints[:2] == ((64, 32), (32, 64))
     checkpoints_convert.convert(old, tmp_path / "new", vision_tower=tower)
     model = transformers.LlavaNextForConditionalGeneration.from_pretrained(tmp_path / "new")
     processor = transformers.AutoProcessor.from_pretrained(tmp_path / "new")

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 
+import jax
 import numpy as np
 import pytest
 
@@ -96,5 +97,5 @@ def test_figures_of_given_times(tiny_model, monkeypatch):
 def test_decoding_reads_no_embeddings_but_those_looked_up(tiny_model):
     arrays = tiny_model.arrays["language_model"]
     embedding = np.prod(arrays["embed_tokens"]["embedding"].shape) * 4
-    whole = sum(x.nbytes for x in module.jax.tree.leaves(arrays))
+    whole = sum(x.nbytes for x in jax.tree.leaves(arrays))
     assert decoder_bytes(tiny_model) == whole - embedding

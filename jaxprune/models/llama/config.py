@@ -100,10 +100,17 @@ class LlamaConfig:
     attention_bias: bool = False
     mlp_bias: bool = False
     tie_word_embeddings: bool = False
+    rope_sections: tuple[int, ...] | None = None
+    """Where positions have several axes, how many frequencies of a head follow each."""
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
         require_types(self, _WHERE)
+        if self.rope_sections is not None and sum(self.rope_sections) * 2 != self.head_dim:
+            raise UserError(
+                f"{_WHERE} has rope_sections={self.rope_sections}, which do not add up to half of "
+                f"head_dim={self.head_dim}."
+            )
         if self.num_attention_heads % self.num_key_value_heads:
             raise UserError(
                 f"{_WHERE} has {self.num_attention_heads} attention heads, which its "
@@ -137,7 +144,7 @@ class LlamaConfig:
         Raises:
             UserError: for a field or value that this port does not handle.
         """
-        names = {field.name for field in dataclasses.fields(cls)}
+        names = {field.name for field in dataclasses.fields(cls)} - {"rope_sections"}
         # max_sequence_length is a note in Vicuna's configs; RoPE's fields decide.
         handled = {"rope_parameters", "max_sequence_length", "sliding_window"}
         refuse_unknown(fields, names | handled, _WHERE)
@@ -175,7 +182,7 @@ class LlamaConfig:
     def to_hf(self) -> dict[str, Any]:
         """The dict that `LlamaConfig` of transformers 4 and 5 reads back."""
         fields = dataclasses.asdict(self)
-        del fields["dtype"], fields["rope_scaling"]
+        del fields["dtype"], fields["rope_scaling"], fields["rope_sections"]
         if self.rope_scaling.kind != "default":
             fields["rope_scaling"] = self.rope_scaling.to_hf()
         return {"model_type": "llama", **fields}

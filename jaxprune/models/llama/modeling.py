@@ -197,7 +197,7 @@ class LlamaDecoder(nn.Module):
         caches, records = [], []
         for l, layer in enumerate(self.layers):
             watch = schedule.watch(l, tokens)
-            angles = rope.angles(tokens.positions, inv_freq)
+            angles = rope.angles(tokens.positions, inv_freq, self.config.rope_sections)
             heads, v, view = layer.attend(tokens, angles, mask, watch)
             shift = length - _next_position(tokens) if schedule.renumber else None
             caches.append(_new_cache(view.k, v, tokens.valid, new_slots, shift))
@@ -234,6 +234,7 @@ class LlamaDecoder(nn.Module):
         inv_freq = rope_frequencies(self.config, positions + 1)
         updated = []
         for layer, cache in zip(self.layers, caches, strict=True):
+            # Generated text is at the same position on every axis.
             own = positions if cache.shift is None else positions - cache.shift
             angles = rope.angles(own[:, None], inv_freq)
             heads, cache = layer.attend_cached(x, angles, cache, step, active)

@@ -73,7 +73,8 @@ class LlavaConfig:
 
     @property
     def position_axes(self) -> tuple[int, ...]:
-        return ()
+        sections = self.text_config.rope_sections
+        return () if sections is None else (len(sections),)
 
     def most_tokens(self, tiles: int) -> int:
         """The most visual tokens that an image of up to so many tiles has before pruning."""

@@ -204,7 +204,7 @@ def anyres(height: int, width: int, pinpoints: Pinpoints, side: int, grid: int) 
 
     Returns:
         The patches of the whole image, and of every row of the map that is not padding,
-        with a newline behind each.
+        with a newline after each.
     """
     tall, wide = (n // side for n in best_resolution(height, width, pinpoints))
     row, column = np.mgrid[: tall * grid, : wide * grid]
