@@ -3,6 +3,7 @@
 They know nothing of models: a score is a function of keep rates.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -109,7 +110,8 @@ def maximise(
     for x in ends:
         optimizer.probe({"x": x}, lazy=True)
     start = min(3, max(evaluations - len(ends), 0))
-    optimizer.maximize(init_points=start, n_iter=max(evaluations - len(ends) - start, 0))
+    with contextlib.redirect_stdout(None):  # where it tells of points that are tried again
+        optimizer.maximize(init_points=start, n_iter=max(evaluations - len(ends) - start, 0))
     tried = [(result["target"], -float(result["params"]["x"])) for result in optimizer.res]
     return -max(tried)[1]
 

@@ -284,6 +284,17 @@ def check_depth(name: str, layer: int, depth: Depth) -> None:
         )
 
 
+def check_ranks(method: DecoderMethod, depth: Depth) -> None:
+    """Raise `UserError` for a method that keeps some tokens, and does not say which."""
+    removed = method.removed(64, depth)
+    some = ((removed > 0) & (removed < 64)).any()
+    if some and method.ranker == ByAttention(None):
+        raise UserError(
+            f"{type(method).__name__} keeps some of the tokens, but has neither score nor rank; "
+            "give it one, see docs/extending.md."
+        )
+
+
 def check_keep(keep: object) -> None:
     """Raise `UserError` unless `keep` is None or a positive whole number."""
     if keep is not None and (not is_whole(keep) or keep < 1):

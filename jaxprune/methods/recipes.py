@@ -21,6 +21,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import re
 from typing import Any
 
 from jaxprune.errors import UserError
@@ -28,6 +29,7 @@ from jaxprune.files import is_file, read_json, whole_file
 from jaxprune.ops.cuts import Depth
 
 SCHEMA = 2
+_FINGERPRINT = re.compile("[0-9a-f]{12}")  # of `models.registry`; tells a reader nothing
 PUBLISHED = pathlib.Path(__file__).parents[1] / "assets" / "recipes"
 
 
@@ -190,6 +192,7 @@ def _fitting(method: str, depth: Depth) -> list[Recipe]:
     found = [recipe for recipe in published_recipes(method) if recipe.fits(depth)]
     if not found:
         known = {name for recipe in published_recipes(method) for name in recipe.model["made_for"]}
+        known = {name for name in known if not _FINGERPRINT.fullmatch(name)}
         raise UserError(
             f"No {method} recipe is published for this model of {depth.num_hidden_layers} decoder "
             f"layers, only for: {', '.join(sorted(known))}. Make one with `jaxprune calibrate`."

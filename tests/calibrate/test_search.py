@@ -67,7 +67,7 @@ def test_greedy_search_is_the_cheapest_where_each_layer_needs_its_own_rate():
         assert sum(greedy(score, 0.5)) == min(map(sum, feasible))
 
 
-def test_bayesian_search_finds_a_knee():
+def test_bayesian_search_finds_a_knee(capsys):
     pytest.importorskip("bayes_opt")
 
     def score(rates):
@@ -79,6 +79,7 @@ def test_bayesian_search_finds_a_knee():
     assert rates[0] == 1 and abs(rates[1] - 0.5) < 0.05
     best = search.maximise(lambda x: -((x - 0.7) ** 2), 0.05, 2.0, evaluations=20, seed=0)
     assert abs(best - 0.7) < 0.05
+    assert capsys.readouterr().out == ""  # stdout is the caller's
 
 
 def test_tail_exponent_is_the_smallest_that_reaches_the_target():

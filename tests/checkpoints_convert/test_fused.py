@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import types
 from typing import Any
 
 import jax
@@ -15,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 import jaxprune
 from jaxprune.checkpoints_convert import convert, export, load, load_checkpoint
 from jaxprune.models import registry
+from jaxprune.models.llava import Llava
 from jaxprune.models.weights import KeyTable, join_rows, linear, split_rows
 
 HEADS, WIDTH, HEAD, MLP, LAYERS = 4, 6, 3, 5, 2
@@ -69,12 +69,17 @@ PART = KeyTable(
 )
 
 
+class MadeUp(Llava):
+    """Nothing of it is run."""
+
+    config: Any = Config
+    weights = PART.under("text.", "decoder/")
+    param_shapes: Any = staticmethod(param_shapes)
+
+
 @pytest.fixture(params=[4, 2, 1], ids=lambda kv_heads: f"g={HEADS // kv_heads}")
 def directory(request, monkeypatch, tmp_path):
-    family: Any = types.SimpleNamespace(
-        config=Config, param_shapes=param_shapes, weights=PART.under("text.", "decoder/")
-    )
-    monkeypatch.setattr(registry, "FAMILIES", {**registry.FAMILIES, "made_up": family})
+    monkeypatch.setattr(registry, "FAMILIES", {**registry.FAMILIES, "made_up": MadeUp()})
     monkeypatch.setattr(load, "FAMILIES", registry.FAMILIES)
     config = Config(request.param)
     rows = (HEADS + 2 * config.kv_heads) * HEAD

@@ -128,6 +128,19 @@ def test_nothing_compiles_after_a_warm_up(name, tiny_model):
         )  # fmt: skip
 
 
+def test_who_keeps_some_tokens_says_which(tiny_model):
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Silent(jaxprune.KeepRates):
+        share: float = 0.5
+
+        def rates(self, depth):
+            return (1.0, *[self.share] * (depth.num_hidden_layers - 1))
+
+    with pytest.raises(jaxprune.UserError, match=r"Silent keeps some .* neither score nor rank"):
+        jaxprune.generate(tiny_model, picture(0), "What?", method=Silent())
+    jaxprune.generate(tiny_model, picture(0), "What?", method=Silent(share=0.0), max_new_tokens=1)
+
+
 def test_one_image_is_pruned_by_each_of_its_questions(tiny_model):
     prompts = ["red circle", "Where is the blue star, and how many?"]
     both = answers_of(start(tiny_model, picture(3), prompts, method=Asked()))

@@ -45,6 +45,17 @@ def test_every_published_save_is_found_by_name():
         assert resolve("fitprune", depth_of(REAL), save=save).decoder.save == save
 
 
+def test_the_small_model_has_recipes_by_name(small_model):
+    depth = depth_of(small_model.config)
+    for save in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9):
+        assert resolve("fitprune", depth, save=save).decoder.save == save
+    assert resolve("gsearch", depth).decoder.rates(depth)[-1] == 0
+    rates = resolve("psigmoid", depth, keep_rate=0.36).decoder.rates(depth)
+    assert np.mean(rates) == pytest.approx(0.36, abs=1e-6)
+    with pytest.raises(jaxprune.UserError, match=r"saves 0.95; there are 0.1, 0.2, .*, 0.9. Make"):
+        resolve("fitprune", depth, save=0.95)
+
+
 def recipe_for(config, **changes):
     fields = {
         "method": "gsearch",
@@ -81,7 +92,7 @@ def test_published_recipes_are_for_the_models_that_they_were_made_for():
     assert "llava-1.5-7b" in depth_of(dataclasses.replace(REAL, text_config=text)).made_for
     text = dataclasses.replace(REAL.text_config, num_key_value_heads=8)
     other = depth_of(dataclasses.replace(REAL, text_config=text))
-    with pytest.raises(jaxprune.UserError, match=r"only for: .*llava-1.5-7b.*jaxprune calibrate"):
+    with pytest.raises(jaxprune.UserError, match=r"only for: llava-1.5-7b.*jaxprune calibrate"):
         resolve("fitprune", other, save=0.6)
 
 

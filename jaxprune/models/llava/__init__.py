@@ -26,4 +26,4 @@ class Llava(LlavaStages):
 
 FAMILY = Llava()
 
-__all__ = ["FAMILY", "LlavaConfig"]
+__all__ = ["FAMILY", "Llava", "LlavaConfig"]
