@@ -43,7 +43,8 @@ def pixel_values(
         tiling = config.tiling(size_of(image))
         array = np.asarray(crop_strip(image) if tiling.tiles == 1 else image)
         try:
-            made = processor.image_processor(array, input_data_format="channels_last")
+            with np.errstate(all="ignore"):  # what is not finite is told below
+                made = processor.image_processor(array, input_data_format="channels_last")
             found = np.asarray(made["pixel_values"][0], np.float32)
             found = np.moveaxis(found.reshape(-1, *found.shape[-3:]), 1, -1)
         except Exception as error:  # whatever transformers makes of odd settings

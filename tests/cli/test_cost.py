@@ -63,7 +63,10 @@ def test_the_table(run):
     "arguments, message",
     [
         (["--method", "prumerge"], "depends on the image; give their number as visual_tokens"),
-        (["--method", "fitprune", "--save", "0.6"], "Make one with `jaxprune calibrate`"),
+        (
+            ["--model", "llava-1.5-13b", "--method", "fitprune", "--save", "0.6"],
+            "Make one with `jaxprune calibrate`",
+        ),
         (["--method", "prumerge,uniform", "--keep", "3"], "are vision-side"),
         (["--method", "uniform", "--keep", "3", "--visual-tokens", "3"], "leave out visual_tokens"),
         (["--method", "prumerge", "--visual-tokens", "145"], "an image has 144 before pruning"),

@@ -209,7 +209,7 @@ def test_pooled_output_of_the_tower(rng, tmp_path):
     with torch.no_grad():
         out = model.model.vision_tower(pixels, output_hidden_states=True)
     states, pooled = ClipVisionTower(config.vision_config).apply(
-        {"params": params["vision_tower"]}, pixels.numpy().transpose(0, 2, 3, 1)
+        {"params": params["vision_tower"]}, jnp.asarray(pixels.numpy().transpose(0, 2, 3, 1))
     )
     chex.assert_trees_all_close(pooled, out.pooler_output.numpy(), atol=1e-5)
     chex.assert_trees_all_close(states[-1], out.hidden_states[-1].numpy(), atol=1e-5)
