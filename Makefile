@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-without-torch lint types wheel clean
+.PHONY: help demo test test-slow test-all test-without-torch lint types wheel clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -37,7 +37,11 @@ demo: $(VENV)/.base  ## ask the small model about the shipped picture, with and 
 test: $(VENV)/.dev  ## the test suite, against PyTorch, without the longer checks
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
-test-all: $(VENV)/.dev  ## the longer checks too, and all others with XLA's full optimisation
+test-slow: $(VENV)/.dev  ## the longer checks, and PyTorch's answers with XLA's full optimisation
+	JAXPRUNE_TEST_OPTIMISED=1 $(BIN)/python -m pytest -n 2 -m slow
+	JAXPRUNE_TEST_OPTIMISED=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/oracle
+
+test-all: $(VENV)/.dev  ## every test, with XLA's full optimisation
 	JAXPRUNE_TEST_OPTIMISED=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-without-torch:  ## the test suite in a new environment of PYTHON, without the oracle
