@@ -37,9 +37,8 @@ demo: $(VENV)/.base  ## ask the small model about the shipped picture, with and 
 test: $(VENV)/.dev  ## the test suite, against PyTorch, without the longer checks
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
-test-slow: $(VENV)/.dev  ## the longer checks, and PyTorch's answers with XLA's full optimisation
-	JAXPRUNE_TEST_OPTIMISED=1 $(BIN)/python -m pytest -n 2 -m slow
-	JAXPRUNE_TEST_OPTIMISED=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/oracle
+test-slow: $(VENV)/.dev  ## the longer checks
+	$(BIN)/python -m pytest -n 2 -m slow
 
 test-all: $(VENV)/.dev  ## every test, with XLA's full optimisation
 	JAXPRUNE_TEST_OPTIMISED=1 $(BIN)/python -m pytest -n 2 --dist loadfile

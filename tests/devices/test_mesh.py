@@ -103,13 +103,18 @@ except jaxprune.UserError as error:
 """
 
 
+def on_cpus(number):
+    """The environment of a process with so many virtual devices, that compiles as this one does."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={number}"
+    return {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+
+
 def test_params_laid_by_hand_answer_alike():
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         [sys.executable, "-c", LAID_BY_HAND],
         capture_output=True,
         text=True,
-        env={**os.environ, **flags},
+        env=on_cpus(2),
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "equal"
@@ -125,12 +130,11 @@ def test_params_laid_by_hand_answer_alike():
     ],
 )
 def test_eight_devices_answer_as_one(kind, methods):
-    flags = "--xla_force_host_platform_device_count=8"
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, kind, methods],
         capture_output=True,
         text=True,
-        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        env=on_cpus(8),
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "equal"
@@ -171,14 +175,13 @@ def test_two_hosts_answer_as_one(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
     hosts = [
         subprocess.Popen(
             [sys.executable, "-c", HOST, str(place), directory, str(port)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, **flags},
+            env=on_cpus(2),
         )
         for place in range(2)
     ]
