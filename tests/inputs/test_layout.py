@@ -55,7 +55,7 @@ def test_three_equal_axes_are_one(flat, tiny_model):
         dataclasses.replace(tiny_model, config=config, processor=processor)
         for config in (tiny_config(), flat)
     )
-    for method in ("prumerge", "vtw"):
+    for method in ("none", "prumerge", "vtw"):
         runs = [start(model, picture(0), "What?", method=method) for model in (one, three)]
         chex.assert_trees_all_close(*(run.first_logits for run in runs), atol=1e-5)
         for run in runs:

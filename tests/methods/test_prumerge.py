@@ -63,7 +63,7 @@ def test_fixed_equals_the_reference(rng, cls, keep, merge):
     check(cls(keep=keep, merge=merge), [image(rng, 144, outliers=20)])
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     st.sampled_from(list(KEPT)),
     st.integers(4, 48),

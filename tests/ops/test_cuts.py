@@ -180,7 +180,7 @@ def differ_by_rounding(one, other):
     return True
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
     name=st.sampled_from(list(SCORES)),
