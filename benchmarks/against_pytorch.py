@@ -245,7 +245,7 @@ def measure(
 def counted(session: Session, params: jaxprune.Params, batch: int) -> tuple[int, int]:
     """Multiply-adds of a prefill, tower included, and bytes that a decoding step reads."""
     config, prompt = params.config, session.prompt
-    slots = sum(prompt.lengths)
+    slots = prompt.room.slots
     found = executed(config, slots, prompt.schedule, new_slots=prompt.new_slots)
     macs = config.tower.macs(batch) + batch * found["macs"]
     return macs, decoder_bytes(params) + batch * found["cache_bytes"]

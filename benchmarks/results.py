@@ -29,7 +29,7 @@ from jaxprune.calibrate.fitprune import FitSchedule
 from jaxprune.data import scenes
 from jaxprune.devices.compilation import Compilations
 from jaxprune.engine.cost import most_tokens
-from jaxprune.engine.lengths import candidates_left, mask_schedule
+from jaxprune.engine.schedules import candidates_left, mask_schedule
 from jaxprune.methods import FitPrune, resolve
 from jaxprune.models.registry import depth_of
 from jaxprune.ops.cuts import ByAttention, Schedule, Score
@@ -183,7 +183,7 @@ def neighbouring_ranks(data: CalibrationSet) -> list[float]:
     schedule = Notes(
         layers=tuple(range(L)),
         ranker=ByAttention(Score(queries=("text",))),
-        query_slots=data.lengths.text,
+        query_slots=data.room.text,
     )
     taus = np.zeros((L - 1, 0))
     for batch, records in recorded(data, schedule, [None] * len(data.batches)):
@@ -206,7 +206,7 @@ class MassLeft(Schedule):
 def mass_lost(data: CalibrationSet, method: FitPrune) -> dict[str, float]:
     """Share of the unpruned attention mass that the deleted tokens took along, all layers."""
     depth = data.engine.depth
-    plain = mask_schedule(method, depth, data.lengths)
+    plain = mask_schedule(method, depth, data.room)
     fields = {f.name: getattr(plain, f.name) for f in dataclasses.fields(Schedule)}
     zero = np.zeros((depth.num_hidden_layers, data.batches[0].prompt.batch), np.float32)
     nothing_goes = [(np.float32(-1), zero, zero)] * len(data.batches)

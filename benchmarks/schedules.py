@@ -26,8 +26,8 @@ from rich.console import Console
 from rich.progress import track
 
 from jaxprune.engine.cost import cache_bytes, executed, prompt_cost
-from jaxprune.engine.lengths import candidates_left, gather_schedule
-from jaxprune.engine.shapes import Lengths
+from jaxprune.engine.schedules import candidates_left, gather_schedule
+from jaxprune.engine.shapes import RowRoom
 from jaxprune.inputs.layout import ImageRoom, Layout, lay_out
 from jaxprune.inputs.request import Row
 from jaxprune.methods import (
@@ -110,7 +110,7 @@ def measure(
     decoder = LlamaDecoder(text)
     init = jax.jit(lambda key: decoder.init(key, jnp.zeros((1, 1), jnp.int32))["params"])
     params = init(jax.random.key(0))
-    depth, room = Depth(L), Lengths(TEXT, visual)
+    depth, room = Depth(L), RowRoom(TEXT, visual)
 
     @functools.partial(jax.jit, static_argnames="schedule")
     def prefill(params: Any, tokens: Tokens, counts: Any, *, schedule: Any) -> Any:

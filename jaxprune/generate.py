@@ -233,8 +233,8 @@ def generate_many(
 ) -> Iterator[Any]:
     """Answer many requests, in their order, each as soon as it and those before it are done.
 
-    Requests run together that have as many images and the same buckets of text, tiles and new
-    tokens, whatever else they ask for. Up to 16 batches are read ahead, fewer where their images
+    Requests run together that have the same buckets of text, images, tiles and new tokens,
+    whatever else they ask for. Up to 16 batches are read ahead, fewer where their images
     take more than 1 GiB, so `requests` may be endless.
 
     Args:

@@ -14,7 +14,7 @@ from jaxprune.checkpoints_convert.load import DTYPES, existing_directory
 from jaxprune.checkpoints_convert.load import read_config as config_of_directory
 from jaxprune.checkpoints_convert.plan import flat_shapes
 from jaxprune.devices.mesh import with_auto_axes
-from jaxprune.errors import UserError
+from jaxprune.errors import UserError, check_choice
 from jaxprune.files import read_json
 from jaxprune.inputs.processor import Processor, load_processor
 from jaxprune.models.family import ModelConfig
@@ -99,8 +99,7 @@ def read_config(model: str | pathlib.Path | None = None, dtype: str = "bfloat16"
     Raises:
         jaxprune.UserError: for what is neither, or a directory of an unsupported model.
     """
-    if dtype not in DTYPES:
-        raise UserError(f"dtype is {dtype!r}; expected one of: {', '.join(DTYPES)}.")
+    check_choice("dtype", dtype, DTYPES)
     if model is None:
         return config_of_directory(SMALL_MODEL, dtype=dtype)
     if isinstance(model, str) and model in PRESETS:

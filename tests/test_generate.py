@@ -33,6 +33,10 @@ def test_a_row_is_the_same_alone_in_a_batch_and_in_another_order(name, tiny_mode
         chex.assert_trees_all_close(mixed.first_logits[place], alone.first_logits[0], atol=1e-4)
         answer = jaxprune.generate(tiny_model, image, prompt, max_new_tokens=8, **options)
         assert answer == texts[i]
+    if batch.engine.plan.decoder is not None:
+        masked = start(tiny_model, images, prompts, gather=False, **options)
+        assert masked.prompt.schedule.lengths is None
+        chex.assert_trees_all_close(batch.first_logits, masked.first_logits, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["random", "uniform"])
@@ -50,13 +54,13 @@ def test_decoding_continues_what_prefill_would_give(name, tiny_model):
     run.advance(5)
     ids = run.tokens[0, : run.lengths[0]].tolist()
     assert len(ids) > 1  # or this tests nothing
-    engine, family = run.engine, family_of(tiny_model.config)
+    decode = jax.jit(family_of(tiny_model.config).decode, static_argnums=1)
     state = start(tiny_model, picture(2), "What is it?", max_new_tokens=6, **options).state
     for n in range(1, len(ids)):
         said = jnp.asarray(ids[n - 1 : n])
-        logits, caches = family.decode(
-            engine.arrays, engine.config, said, state.positions, state.caches, jnp.full(1, n - 1),
-            jnp.ones(1, bool),
+        logits, caches = decode(
+            tiny_model.arrays, tiny_model.config, said, state.positions, state.caches,
+            np.full(1, n - 1), np.ones(1, bool),
         )  # fmt: skip
         state = state._replace(caches=caches, positions=state.positions + 1)
         longer = start(tiny_model, picture(2), "What is it?", answers=[ids[:n]], **options)

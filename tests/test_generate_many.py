@@ -75,6 +75,20 @@ def test_limits_of_one_bucket_share_a_batch(tiny_model, monkeypatch):
     assert [len(answer.token_ids) for answer in found] == [3, 5, 7]  # or this tests nothing
 
 
+def test_numbers_of_images_of_one_bucket_share_a_batch(tiny_model, monkeypatch):
+    sizes = batches(monkeypatch)
+    some = [([picture(i) for i in range(n)], "<image>" * n + " What?") for n in (3, 4, 3)]
+    found = list(jaxprune.generate_many(tiny_model, some, max_new_tokens=3))
+    assert sizes == [3]
+    alone = [jaxprune.generate(tiny_model, [i], [p], max_new_tokens=3)[0] for i, p in some]
+    assert found == alone
+    buckets = jaxprune.Buckets().up_to(images=8)
+    assert found == list(
+        jaxprune.generate_many(tiny_model, some, max_new_tokens=3, buckets=buckets)
+    )
+    assert sizes[-2:] == [2, 1]  # of the ten images eight go together
+
+
 def test_large_images_are_not_read_far_ahead(tiny_model, monkeypatch):
     monkeypatch.setattr(batching, "IMAGE_BYTES", 1)
     read = []

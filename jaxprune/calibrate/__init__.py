@@ -20,16 +20,18 @@ from jaxprune.calibrate import fitprune, search
 from jaxprune.calibrate.evaluate import METRICS, Batch, CalibrationSet, encode_samples, score
 from jaxprune.calibrate.progress_file import ProgressFile
 from jaxprune.data.samples import DEFAULT_SAMPLES, Sample, read_samples, scene_samples
+from jaxprune.engine.cost import most_tokens
 from jaxprune.errors import UserError, check_choice, check_share, check_whole, is_number, is_whole
 from jaxprune.methods import FitPrune, GSearch, Iti, PSigmoid
 from jaxprune.methods.base import round_half_up
 from jaxprune.methods.gsearch import check_queries
-from jaxprune.methods.iti import CLS_ATTENTION, tail_start
+from jaxprune.methods.iti import tail_start
 from jaxprune.methods.recipes import Recipe
 from jaxprune.methods.resolve import described_cut
 from jaxprune.model import Params
 from jaxprune.models.registry import depth_of, fingerprint
 from jaxprune.ops.ranking import descending_order, ranks
+from jaxprune.ops.visual import CLS_ATTENTION
 
 CALIBRATED = ("fitprune", "gsearch", "psigmoid", "iti")
 SEARCHES = ("bisection", "bayesian")
@@ -174,7 +176,7 @@ def calibrate(
         model={
             "made_for": [fingerprint(config)],
             "num_hidden_layers": config.text_config.num_hidden_layers,
-            "num_image_tokens": config.most_tokens(config.most_tiles),
+            "num_image_tokens": most_tokens(config),
         },
         options={
             name: list(value) if isinstance(value, tuple) else value

@@ -73,7 +73,6 @@ def _scores(tokens: Tokens, view: LayerView) -> tuple[Float[Array, "B S"], Float
 
     How many ask is a constant of each row for c; for u it is the number now there.
     """
-    assert view.received is not None
     by_visual, by_text = view.received
     n = jnp.sum(tokens.valid & is_visual(tokens.kind), -1, keepdims=True)
     return by_text, by_visual / jnp.maximum(n, 1)
@@ -159,7 +158,7 @@ def fit(
     data: CalibrationSet,
     *,
     save: float,
-    remember: Callable[[str, Callable[[], Any]], Any] = lambda _, make: make(),
+    remember: Callable[[str, Callable[[], Any]], Any],
 ) -> tuple[FitPrune, dict[str, Any]]:
     """Find the deletions for a budget.
 
@@ -180,7 +179,6 @@ def fit(
         layers=tuple(range(L)),
         cut=AFTER_ATTENTION,
         ranker=FitPrune(deletions=(0,) * L, num_tokens=1).ranker,
-        query_slots=data.lengths.text,
     )
 
     def noted(alpha: float, masses: Sequence[tuple[np.ndarray, ...]]) -> list[list[np.ndarray]]:
@@ -204,7 +202,7 @@ def fit(
         sizes = np.array(remember(f"alpha {alpha!r}", make))
         return stop_at_budget(sizes, num_tokens, made_for, text_config, save)
 
-    best_alpha, best, tried = 1.0, scheme(1.0), 1
+    best_alpha, best = 1.0, scheme(1.0)
     if not best.met:
         raise UserError(
             f"No tolerance saves {save:g} of the visual tokens' FLOPs; the most is "
@@ -214,7 +212,6 @@ def fit(
     while high - low > WIDTH:
         middle = (low + high) / 2
         candidate = scheme(middle)
-        tried += 1
         if candidate.met:
             high, best_alpha, best = middle, middle, candidate
         else:
@@ -227,5 +224,4 @@ def fit(
     return method, {
         "reached": {"save_in_fit": round(best.saved, 6), "save": round(1 - spent / full, 6)},
         "alpha": best_alpha,
-        "evaluations": tried,
     }

@@ -6,7 +6,6 @@ They know nothing of models: a score is a function of keep rates.
 import contextlib
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -150,6 +149,3 @@ def tail_exponent(
 def mean_rate(rates: Rates) -> float:
     """Mean keep rate over layers, the "memory" of the paper's tables."""
     return float(np.mean(rates))
-
-
-Report = dict[str, Any]

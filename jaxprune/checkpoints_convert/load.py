@@ -5,7 +5,6 @@ import pathlib
 from typing import Any
 
 import jax
-import ml_dtypes
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
@@ -55,7 +54,6 @@ def load_checkpoint(
     if mesh is not None:
         mesh = check_mesh(mesh, config.mesh_splits())
     plan = plan_with_tower(directory, config, vision_tower)
-    numpy_dtype = numpy_dtype_of(dtype)
 
     # The largest first: a tensor is in memory two or three times while it is laid out, which
     # then happens while most of the model is still on disk.
@@ -66,7 +64,7 @@ def load_checkpoint(
         parameters = tensor.read()
         while parameters:  # no reference is kept to what is copied below
             path, parameter = parameters.popitem()
-            array = np.ascontiguousarray(parameter.astype(numpy_dtype, copy=False))
+            array = np.ascontiguousarray(parameter.astype(dtype, copy=False))
             del parameter
             place = sharding_of(path, array.shape, mesh, rules) if mesh else None
             flat[path] = placed(array, place)
@@ -89,11 +87,6 @@ def plan_with_tower(
         if "vision_tower" in str(error) and is_original(read_json(directory / "config.json")):
             raise UserError(f"{error} Pass the CLIP tower's directory as vision_tower.") from None
         raise
-
-
-def numpy_dtype_of(dtype: str) -> np.dtype:
-    """NumPy's dtype of a name in `DTYPES`."""
-    return np.dtype(ml_dtypes.bfloat16) if dtype == "bfloat16" else np.dtype(dtype)
 
 
 def existing_directory(directory: object) -> pathlib.Path:

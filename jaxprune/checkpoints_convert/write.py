@@ -22,12 +22,11 @@ from jaxprune.checkpoints_convert.llava_original import (
 from jaxprune.checkpoints_convert.load import (
     DTYPES,
     existing_directory,
-    numpy_dtype_of,
     plan_with_tower,
     read_config,
 )
 from jaxprune.checkpoints_convert.plan import PlannedTensor
-from jaxprune.errors import UserError
+from jaxprune.errors import UserError, check_choice
 from jaxprune.files import read_json, whole_directory
 from jaxprune.models.family import ModelConfig
 from jaxprune.models.llava.config import LlavaConfig
@@ -134,10 +133,9 @@ def convert(
     Raises:
         UserError: for a source that does not load, or a destination that exists.
     """
-    if format not in FORMATS:
-        raise UserError(f"format is {format!r}; expected one of: {', '.join(FORMATS)}.")
-    if dtype is not None and dtype not in DTYPES:
-        raise UserError(f"dtype is {dtype!r}; expected one of: {', '.join(DTYPES)}.")
+    check_choice("format", format, FORMATS)
+    if dtype is not None:
+        check_choice("dtype", dtype, DTYPES)
     source = existing_directory(source)
     tower = existing_directory(vision_tower) if vision_tower else None
     config = read_config(source, dtype=dtype or "float32", vision_tower=tower)
@@ -175,7 +173,7 @@ def _parameters(
     """The parameters of a plan by path, read one tensor at a time and cast."""
     for tensor in plan:
         for path, array in tensor.read().items():
-            yield path, array if dtype is None else array.astype(numpy_dtype_of(dtype), copy=False)
+            yield path, array if dtype is None else array.astype(dtype, copy=False)
 
 
 def _stored(

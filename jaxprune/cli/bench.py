@@ -49,7 +49,6 @@ def bench(
     as_json: JsonOption = False,
 ) -> None:
     """Time answers under several methods, beside what the hardware could do."""
-
     if batch < 1:
         raise UserError(f"--batch is {batch}; expected 1 or more.")
     chosen = [(text, _method_with_options(text)) for text in method or _BENCHED]
@@ -76,7 +75,7 @@ def _method_with_options(text: str) -> dict[str, Any]:
     }
 
 
-def _table(rows: Sequence["Measured"]) -> Table:
+def _table(rows: Sequence[Measured]) -> Table:
     table = Table("method", "visual", "encode", "select", "prefill", "decode", "answer")
     for name in ("prefill ceiling", "decode ceiling", "compile", "peak"):
         table.add_column(name)

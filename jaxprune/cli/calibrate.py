@@ -54,7 +54,6 @@ def calibrate(
     as_json: JsonOption = False,
 ) -> None:
     """Fit a decoder-side method to a model; interrupted, the same command resumes."""
-
     settings: dict[str, Any] = {
         "method": method, "save": save, "keep_rate": keep_rate, "tolerance": tolerance,
         "metric": metric, "search": search, "evaluations": evaluations,
@@ -74,7 +73,6 @@ def calibrate(
 
 def _check(settings: dict[str, Any], out: pathlib.Path, plot: pathlib.Path | None) -> None:
     """Raise `UserError` for a mistake before anything is loaded."""
-
     Settings(**settings)
     refuse_existing(out)
     if plot is not None:
@@ -101,7 +99,7 @@ def _ending_at_once(progress: pathlib.Path) -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _summary(recipe: "Recipe", out: pathlib.Path) -> str:
+def _summary(recipe: Recipe, out: pathlib.Path) -> str:
     reached = ", ".join(f"{name} {value:.4g}" for name, value in recipe.reached.items())
     made = recipe.calibration
     return (

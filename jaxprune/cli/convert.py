@@ -23,7 +23,6 @@ def convert(
     as_json: JsonOption = False,
 ) -> None:
     """Rewrite a checkpoint as one clean directory, and check it."""
-
     report = checkpoints_convert.convert(
         source,
         destination,

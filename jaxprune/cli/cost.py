@@ -45,7 +45,6 @@ def cost(
     as_json: JsonOption = False,
 ) -> None:
     """Count tokens, FLOPs and cache bytes of a prompt, without running or loading anything."""
-
     found = estimate(
         read_config(model, dtype),
         parse_method(method),
@@ -70,8 +69,7 @@ def _parse_size(text: str | None) -> tuple[int, int] | None:
     return int(width), int(height)
 
 
-def _print(found: "Cost") -> None:
-
+def _print(found: Cost) -> None:
     Console().print(_table(found))
     saved = {name: f"{100 * share:.1f} %" for name, share in found.saved.items()}
     print(
@@ -83,7 +81,7 @@ def _print(found: "Cost") -> None:
     )
 
 
-def _table(found: "Cost") -> Table:
+def _table(found: Cost) -> Table:
     table = Table("layer", "text", "visual in", "visual out", "GMAC", "visual GMAC", "cache MB")
     for column in table.columns:
         column.justify = "right"

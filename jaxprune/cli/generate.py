@@ -48,7 +48,6 @@ def generate(
     as_json: JsonOption = False,
 ) -> None:
     """Answer a prompt about an image."""
-
     (answer,) = jaxprune.generate(
         jaxprune.load(model, dtype=dtype, vision_tower=vision_tower),
         [image] if image else None,
@@ -67,7 +66,7 @@ def generate(
     print(json.dumps({"method": method, **_fields(answer)}) if as_json else answer.text)
 
 
-def _fields(answer: "Answer") -> dict[str, Any]:
+def _fields(answer: Answer) -> dict[str, Any]:
     """An answer's fields, for JSON."""
     fields = dataclasses.asdict(answer)
     fields["kept_indices"] = [kept.tolist() for kept in answer.kept_indices]

@@ -11,7 +11,6 @@ from jaxprune.methods import METHODS, describe
 
 def methods(as_json: JsonOption = False) -> None:
     """List the pruning methods with paper, family and options."""
-
     rows = [describe(cls) for cls in METHODS.values()]
     if as_json:
         print(json.dumps(rows))

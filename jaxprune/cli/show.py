@@ -41,7 +41,6 @@ def show(
     dtype: DtypeOption = "auto",
 ) -> None:
     """Draw the patches that survive, before the decoder and after some of its layers."""
-
     refuse_existing(out)
     chosen = _parse_layers(layers)
     picture = kept_over_depth(

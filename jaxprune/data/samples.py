@@ -30,7 +30,7 @@ def scene_samples(number: int = DEFAULT_SAMPLES, *, seed: int = 0) -> list[Sampl
     return [Sample(scenes.draw(scene), q.question, q.answer) for scene, q in pairs]
 
 
-def read_samples(path: Any, *, limit: int | None = None) -> list[Sample]:
+def read_samples(path: Any) -> list[Sample]:
     """Samples from a JSONL file; image paths are relative to it, empty lines do not count.
 
     Raises:
@@ -65,8 +65,6 @@ def read_samples(path: Any, *, limit: int | None = None) -> list[Sample]:
         if not is_file(image):
             raise UserError(f"{path}, line {number}: the image {str(image)[:300]} does not exist.")
         samples.append(Sample(image, fields["question"], fields.get("answer", "")))
-        if limit is not None and len(samples) == limit:
-            break
     if not samples:
         raise UserError(f"{path} has no samples.")
     return samples

@@ -103,9 +103,8 @@ def check_fits(
         unit: what they are called.
         advice: what else may help.
         devices: that share it.
-        free: bytes of each; None asks the device.
+        free: bytes of each; None where that is not known.
     """
-    free = free_bytes() if free is None else free
     if free is None:
         return
     room = _SPARE * free * devices

@@ -117,6 +117,6 @@ def _cost(session: Session, b: int, unpruned: int) -> Cost:
         unpruned_visual_tokens=unpruned,
         visual_tokens=visual_length(row, session.seen.room.counts),
     )
-    slots, new = sum(prompt.lengths), prompt.new_slots
+    slots, new = prompt.room.slots, prompt.new_slots
     run = executed(engine.config, slots, prompt.schedule, new_slots=new)
     return dataclasses.replace(found, executed=run)

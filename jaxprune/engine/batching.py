@@ -29,7 +29,7 @@ class Waiting:
         index: its place among all.
         request: one row and its images.
         ask: what it asks for.
-        shape: text bucket, images, and the buckets of their tiles and of new tokens.
+        shape: the buckets of its text, its images, their tiles and new tokens.
     """
 
     index: int
@@ -105,9 +105,9 @@ class Queue:
         """The first request, and those that can run with it."""
         first = waiting[0]
         same = [one for one in waiting if one.shape == first.shape]
-        own = max(1, len(first.request.images))
-        most = min(self.batch_size, self.engine.buckets.images[-1] // own)
-        return same[: max(1, most)]
+        images = itertools.accumulate(len(one.request.images) for one in same)
+        fit = sum(number <= self.engine.buckets.images[-1] for number in images)
+        return same[: max(1, min(self.batch_size, fit))]
 
     def _check(self, index: int, request: Any) -> Waiting:
         """One request, tokenised and its images loaded."""
@@ -127,7 +127,8 @@ class Queue:
         tiles = fit("image_tiles", max((tiling.tiles for tiling in tilings), default=1))
         # What the context cuts off may be over the largest bucket.
         new = min(ask.max_new_tokens, self.engine.buckets.new_tokens[-1])
-        return Waiting(index, made, ask, (text, len(row.images), tiles, fit("new_tokens", new)))
+        images = fit("row_images", len(row.images)) if row.images else 0
+        return Waiting(index, made, ask, (text, images, tiles, fit("new_tokens", new)))
 
     def _more(self, waiting: Sequence[Waiting], ready: int) -> bool:
         """Whether to read another request ahead."""

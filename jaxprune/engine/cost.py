@@ -18,7 +18,6 @@ never compare a bare number.
 import dataclasses
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from jaxprune.engine.shapes import tokens_left
@@ -154,9 +153,11 @@ def estimate(
         if value is not None and not (is_whole(value) and 0 <= value <= MOST_TOKENS):
             raise UserError(f"{name} is {value!r}; expected a number from 0 to {MOST_TOKENS:,}.")
     plan = resolve(method, depth_of(config), **method_options)
-    fixed = method_options.get("keep") is not None and config.one_tile
-    if visual_tokens is not None and fixed:
-        raise UserError("keep says how many visual tokens are left; leave out visual_tokens.")
+    fixed = None if plan.vision is None else tokens_left(config, plan.vision)
+    if visual_tokens is not None and fixed is not None:
+        raise UserError(
+            f"The method leaves {fixed} visual tokens of every image; leave out visual_tokens."
+        )
     unpruned = None if image_size is None else _image_tokens(config, image_size)
     if visual_tokens is not None and plan.vision is None:
         unpruned = visual_tokens
@@ -264,8 +265,7 @@ def executed(
 def cache_bytes(text_config: DecoderSizes, tokens: int) -> int:
     """Bytes of one layer's keys and values."""
     c = text_config
-    item = np.dtype(ml_dtypes.bfloat16 if c.dtype == "bfloat16" else c.dtype).itemsize
-    return int(2 * tokens * c.num_key_value_heads * c.head_dim * item)
+    return 2 * tokens * c.num_key_value_heads * c.head_dim * np.dtype(c.dtype).itemsize
 
 
 def _cost(

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from jaxprune.devices.compilation import covered
 from jaxprune.devices.memory import free_bytes, told_if_exhausted
@@ -28,10 +28,10 @@ from jaxprune.devices.mesh import devices_of, devices_sharing, mesh_of, on_mesh,
 from jaxprune.engine import stages
 from jaxprune.engine.buckets import Buckets
 from jaxprune.engine.footprint import check_memory, check_tower_memory
-from jaxprune.engine.lengths import candidates_left, gather_schedule, mask_schedule
 from jaxprune.engine.sampling import Ask, Sampling, make_sampling
-from jaxprune.engine.shapes import ImageShape, Lengths, Shapes
-from jaxprune.engine.stages import DecodeState
+from jaxprune.engine.schedules import candidates_left, gather_schedule, mask_schedule
+from jaxprune.engine.shapes import ImageShape, RowRoom, Shapes
+from jaxprune.engine.stages import DecodeState, Read
 from jaxprune.errors import UserError
 from jaxprune.inputs.layout import (
     NO_IMAGES,
@@ -45,6 +45,7 @@ from jaxprune.inputs.layout import (
 from jaxprune.inputs.request import Row
 from jaxprune.methods.base import Plan
 from jaxprune.model import Params
+from jaxprune.models.family import Embedded
 from jaxprune.models.registry import depth_of
 from jaxprune.ops.cuts import NO_CUTS, Schedule, Tokens
 from jaxprune.ops.tiles import Packing, Questions, Tiling, pack_tilings
@@ -117,7 +118,7 @@ class Prompt:
 
     Attributes:
         layout: where every token goes.
-        lengths: the buckets of a row.
+        room: the buckets of a row.
         schedule: what the decoder drops.
         left: int32 `[L, B]`, candidates that it leaves, or None.
         rows: rows in use.
@@ -125,7 +126,7 @@ class Prompt:
     """
 
     layout: Layout
-    lengths: Lengths
+    room: RowRoom
     schedule: Schedule
     left: np.ndarray | None
     rows: int
@@ -134,21 +135,6 @@ class Prompt:
     @property
     def batch(self) -> int:
         return len(self.layout.next_position)
-
-
-@dataclasses.dataclass(frozen=True)
-class Read:
-    """A prompt after its prefill.
-
-    Attributes:
-        state: where decoding begins, with the first token.
-        first_logits: float32 `[B, V]`, of that token.
-        survivors: for each layer that drops tokens, who is left; see `Schedule.record`.
-    """
-
-    state: DecodeState
-    first_logits: Float[Array, "B V"]
-    survivors: tuple[tuple[Array, ...], ...]
 
 
 class Engine:
@@ -189,6 +175,14 @@ class Engine:
         self.config.tower.check(self.signals)
 
     # ---- images
+
+    def surely(self, tilings: Sequence[Tiling]) -> ImageRoom:
+        """What images take up at least, whatever is pruned of them."""
+        room = self.unpruned(tilings)
+        if self.plan.vision is None:
+            return room
+        whole = self.plan.vision.positions == "original"
+        return room._replace(counts=0 * room.counts, extents=whole * room.extents)
 
     def unpruned(self, tilings: Sequence[Tiling]) -> ImageRoom:
         """What images take up before any pruning."""
@@ -266,7 +260,7 @@ class Engine:
         shape, method, number = encoded.shape, self.plan.vision, len(encoded.tilings)
         sizes = {**shape._asdict(), "batch": batch, "row_images": row_images}
         with on_mesh(self.mesh), clock.stage("select", **sizes) as told:
-            asked = self._embedded(questions, shape) if self._reads_question else None
+            asked = self._embedded(questions, shape) if self.reads_question else None
             known = self.shapes.fixed_capacity(shape)
             if method is None:
                 counts = self.unpruned(encoded.tilings).counts
@@ -296,8 +290,14 @@ class Engine:
         return Seen(selection, self._room(encoded.tilings, counts, capacity))
 
     @property
-    def _reads_question(self) -> bool:
+    def reads_question(self) -> bool:
+        """Whether what is seen of an image depends on what is asked about it."""
         return self.plan.vision is not None and self.plan.vision.reads_question
+
+    @property
+    def question_widths(self) -> tuple[int, ...]:
+        """All sizes that questions are padded to; one where nobody reads them."""
+        return self.buckets.text if self.reads_question else (1,)
 
     def _embedded(self, questions: Sequence[Sequence[int]], shape: ImageShape) -> Questions:
         longest = max((len(question) for question in questions), default=1) or 1
@@ -312,18 +312,25 @@ class Engine:
 
     # ---- prompts
 
-    def check_context(self, rows: Sequence[Row], counts: np.ndarray) -> None:
-        """Raise `UserError` when a row with so many visual tokens is over the model's context."""
-        longest = max(row_length(row, counts) for row in rows)
-        context = self.config.text_config.context_length
+    def context_left(self, rows: Sequence[Row], room: ImageRoom) -> np.ndarray:
+        """New tokens that each row has place for in the model's context: int `[rows]`.
+
+        Positions count like tokens: those of a whole image may be more than what is left of it.
+
+        Raises:
+            UserError: for a row that fills it.
+        """
+        each = [max(row_length(row, n) for n in (room.counts, room.extents)) for row in rows]
+        longest, context = max(each), self.config.text_config.context_length
         if longest >= context:
             pruned = " or prune more" if any(row.images for row in rows) else ""
             raise UserError(
-                f"The prompt is {longest} tokens long with its images, but the model's context "
+                f"The prompt takes {longest} places with its images, but the model's context "
                 f"is {context}; shorten it{pruned}."
             )
+        return context - np.array(each)
 
-    def lengths_of(self, rows: Sequence[Row], seen: Seen) -> Lengths:
+    def room_of(self, rows: Sequence[Row], seen: Seen) -> RowRoom:
         """The buckets of a batch's rows."""
         room = seen.room
         return self.shapes.of_rows(
@@ -334,21 +341,21 @@ class Engine:
         )
 
     def lay_out(
-        self, rows: Sequence[Row], seen: Seen, lengths: Lengths, *, batch: int, new_slots: int
+        self, rows: Sequence[Row], seen: Seen, room: RowRoom, *, batch: int, new_slots: int
     ) -> Prompt:
         """Rows and their images as a prompt of a bucket's size."""
         axes = self.config.position_axes
-        layout = lay_out(rows, seen.room, batch=batch, sequence=sum(lengths), axes=axes)
+        layout = lay_out(rows, seen.room, batch=batch, sequence=room.slots, axes=axes)
         method, schedule, left = self.plan.decoder, NO_CUTS, None
-        if method is not None and lengths.visual:
+        if method is not None and room.visual:
             distinct = self.buckets.schedule_lengths
             schedule = (
-                gather_schedule(method, self.depth, lengths, distinct=distinct)
+                gather_schedule(method, self.depth, room, distinct=distinct)
                 if self.gather
-                else mask_schedule(method, self.depth, lengths)
+                else mask_schedule(method, self.depth, room)
             )
             left = candidates_left(method, self.depth, layout)
-        return Prompt(layout, lengths, schedule, left, len(rows), new_slots)
+        return Prompt(layout, room, schedule, left, len(rows), new_slots)
 
     def sampling(self, asks: Sequence[Ask], batch: int) -> Sampling:
         """What the rows of a batch ask for, on the devices."""
@@ -358,12 +365,9 @@ class Engine:
 
     def embed(self, prompt: Prompt, seen: Seen) -> Tokens:
         """A prompt as the decoder's input."""
-        layout = prompt.layout.embedded
-        axis = len(self.config.position_axes)  # of the rows, in positions
-        embedded = spread(layout, self.mesh)
-        embedded = embedded._replace(positions=spread(layout.positions, self.mesh, axis=axis))
+        layout = self._layout(prompt)
         with on_mesh(self.mesh):
-            tokens: Tokens = stages.embed(self.arrays, embedded, seen.selection, config=self.config)
+            tokens: Tokens = stages.embed(self.arrays, layout, seen.selection, config=self.config)
         return tokens
 
     def read(
@@ -373,7 +377,7 @@ class Engine:
         check_memory(
             self.config,
             batch=prompt.batch,
-            slots=sum(prompt.lengths),
+            slots=prompt.room.slots,
             schedule=prompt.schedule,
             new_slots=prompt.new_slots,
             batches=self.buckets.batch,
@@ -382,10 +386,10 @@ class Engine:
         )
         next_position = spread(prompt.layout.next_position, self.mesh)
         left = spread(prompt.left, self.mesh, axis=1)
-        shape = {"batch": prompt.batch, **prompt.lengths._asdict(), "new_tokens": prompt.new_slots}
+        shape = {"batch": prompt.batch, **prompt.room._asdict(), "new_tokens": prompt.new_slots}
         with on_mesh(self.mesh), clock.stage("prefill", **shape, greedy=greedy):
             tokens = self.embed(prompt, seen)
-            found = stages.prefill(
+            found: Read = stages.prefill(
                 self.arrays,
                 tokens,
                 left,
@@ -398,7 +402,7 @@ class Engine:
                 new_slots=prompt.new_slots,
                 greedy=greedy,
             )
-            return Read(*clock.wait(found))
+            return clock.wait(found)
 
     # ---- answers
 
@@ -410,12 +414,11 @@ class Engine:
         *,
         greedy: bool,
         clock: Clock,
-        **shape: int,
     ) -> DecodeState:
-        """A state after so many tokens in every row, `[B]`, in one dispatch; it takes the old one.
-
-        `shape` is what a forbidden compilation is named by.
-        """
+        """A state after so many tokens of every row, `[B]`: one dispatch; it takes the old one."""
+        batch, new_slots = state.tokens.shape
+        slots = state.caches[0].valid.shape[1] - new_slots
+        shape = {"batch": batch, "slots": slots, "new_tokens": new_slots}
         with on_mesh(self.mesh), clock.stage("decode", **shape, greedy=greedy):
             written: DecodeState = stages.decode(
                 self.arrays,
@@ -428,35 +431,35 @@ class Engine:
             )
         return written
 
+    # ---- prompts with answers
+
     def record(
         self, prompt: Prompt, seen: Seen, schedule: Schedule, counts: Any
     ) -> tuple[tuple[np.ndarray, ...], ...]:
         """What a schedule notes down of a prompt in every layer, in mask mode."""
-        found: tuple[tuple[np.ndarray, ...], ...] = jax.device_get(
-            stages.record(
-                self.arrays,
-                prompt.layout.embedded,
-                seen.selection,
-                counts,
-                config=self.config,
-                schedule=schedule,
-            )
-        )
-        return found
+        arguments = (self._layout(prompt), *self._seen(seen, counts))
+        with on_mesh(self.mesh):
+            found = stages.record(self.arrays, *arguments, config=self.config, schedule=schedule)
+        noted: tuple[tuple[np.ndarray, ...], ...] = to_host(found)
+        return noted
 
     def score(
         self, prompt: Prompt, seen: Seen, answers: np.ndarray, schedule: Schedule, counts: Any
     ) -> tuple[np.ndarray, np.ndarray]:
         """Log-probability of each answer, int32 `[B, A]`, and whether it is what is said."""
-        found: tuple[np.ndarray, np.ndarray] = jax.device_get(
-            stages.score(
-                self.arrays,
-                prompt.layout.embedded,
-                seen.selection,
-                counts,
-                answers,
-                config=self.config,
-                schedule=schedule,
-            )
-        )
-        return found
+        arguments = (self._layout(prompt), *self._seen(seen, counts), spread(answers, self.mesh))
+        with on_mesh(self.mesh):
+            found = stages.score(self.arrays, *arguments, config=self.config, schedule=schedule)
+        scores: tuple[np.ndarray, np.ndarray] = to_host(found)
+        return scores
+
+    def _layout(self, prompt: Prompt) -> Embedded:
+        """Where every token goes, on the devices."""
+        layout = prompt.layout.embedded
+        axis = len(self.config.position_axes)  # of the rows, in positions
+        embedded: Embedded = spread(layout, self.mesh)
+        return embedded._replace(positions=spread(layout.positions, self.mesh, axis=axis))
+
+    def _seen(self, seen: Seen, counts: Any) -> tuple[Any, Any]:
+        """Visual tokens and a schedule's counts, `[L, B]`, on the devices."""
+        return spread(seen.selection, self.mesh), spread(counts, self.mesh, axis=1)

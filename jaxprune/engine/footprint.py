@@ -3,6 +3,8 @@
 import functools
 from collections.abc import Sequence
 
+import numpy as np
+
 from jaxprune.devices.memory import check_fits
 from jaxprune.engine.cost import executed
 from jaxprune.models.family import ModelConfig
@@ -27,7 +29,7 @@ def request_bytes(
     """
     c = config.text_config
     caches = batch * executed(config, slots, schedule, new_slots=new_slots)["cache_bytes"]
-    item = 4 if c.dtype == "float32" else 2
+    item = np.dtype(c.dtype).itemsize
     heads = c.num_attention_heads * c.head_dim
     # The residual, its norm and the heads' inputs; then the two halves of the MLP.
     attention = batch * slots * (2 * c.hidden_size + 4 * heads) * item
@@ -49,7 +51,7 @@ def check_tower_memory(
     images: Sequence[int] = (),
     image_tiles: int = 1,
     devices: int = 1,
-    free: int | None = None,
+    free: int | None,
 ) -> None:
     """Raise `UserError` when tiles will not fit into what is free, and say what would.
 
@@ -59,7 +61,7 @@ def check_tower_memory(
         images: numbers of images that can be asked for instead.
         image_tiles: of each of these.
         devices: that share the tiles.
-        free: bytes; None asks the device.
+        free: bytes of each; None where that is not known.
     """
     check_fits(
         lambda number: config.tower.bytes(number * image_tiles),
@@ -82,7 +84,7 @@ def check_memory(
     new_slots: int,
     batches: Sequence[int] = (),
     devices: int = 1,
-    free: int | None = None,
+    free: int | None,
 ) -> None:
     """Raise `UserError` when a prompt will not fit into what is free, and say what would.
 
@@ -90,7 +92,7 @@ def check_memory(
         config, batch, slots, schedule, new_slots: as for `request_bytes`.
         batches: numbers of rows that can be asked for instead.
         devices: that share the request.
-        free: bytes; None asks the device.
+        free: bytes of each; None where that is not known.
     """
     needed = functools.partial(
         request_bytes, config, slots=slots, schedule=schedule, new_slots=new_slots

@@ -1,18 +1,22 @@
 """Token ids -> text, as they come: the cost of a piece does not grow with the answer."""
 
+import re
 from collections.abc import Sequence
 
 from jaxprune.inputs.processor import Processor
 
 _HALF = "\ufffd"  # what a character's first bytes are decoded to
-_BYTES = 4  # of a character, at most: more tokens without one are no character to come
+_BYTES = 4  # of a character, at most
+_BYTE = re.compile("<0x[0-9A-F]{2}>")  # a token of one byte, where a vocabulary has such
 
 
 class RunningText:
     """The text of one answer while it grows.
 
-    What may still change is held back: a character's first bytes, spaces that may be the last,
-    and the beginning of a stop string.
+    What may still change is held back: a character's first bytes, a run of tokens that are bytes
+    (one that is no character makes the others none either), spaces that may be the last, and
+    the beginning of a stop string. So the text is that of all ids decoded at once, however
+    many come at a time.
 
     Args:
         processor: with the tokenizer.
@@ -74,13 +78,24 @@ class RunningText:
         Tokenizers join and space what they decode by what stands before it, so the ids of the
         text before come along, and their text is taken off again.
         """
-        window = self._decode(self._begin, len(self._ids))
-        if window.endswith(_HALF) and not last and len(self._ids) - self._end < _BYTES:
-            return ""
-        before = self._decode(self._begin, self._end)
+        end = len(self._ids) if last else self._certain()
+        window, before = self._decode(self._begin, end), self._decode(self._begin, self._end)
         if len(window) > len(before):  # else special tokens alone, which are no context
-            self._begin, self._end = self._end, len(self._ids)
+            self._begin, self._end = self._end, end
         return window[len(before) :]
+
+    def _certain(self) -> int:
+        """The number of ids whose text no later one changes."""
+        end = len(self._ids)
+        while end > self._end and self._is_byte(self._ids[end - 1]):
+            end -= 1
+        for place in range(end, max(end - _BYTES, self._end), -1):
+            if not self._decode(self._begin, place).endswith(_HALF):
+                return place
+        return self._end
+
+    def _is_byte(self, token_id: int) -> bool:
+        return bool(_BYTE.fullmatch(str(self._tokenizer.convert_ids_to_tokens(token_id))))
 
     def _decode(self, begin: int, end: int) -> str:
         text: str = self._tokenizer.decode(self._ids[begin:end], skip_special_tokens=True)

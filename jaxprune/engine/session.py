@@ -3,15 +3,17 @@
 `begin` takes a request up to the first token of every row; `advance` takes it further.
 """
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Array, Float
 
 from jaxprune.devices.mesh import to_host
-from jaxprune.engine.engine import NOTHING_SEEN, Clock, Engine, Prompt, Read, Seen
+from jaxprune.engine.engine import NOTHING_SEEN, Clock, Engine, Prompt, Seen
 from jaxprune.engine.running_text import RunningText
 from jaxprune.engine.sampling import Ask, Sampling
-from jaxprune.inputs.layout import row_length
+from jaxprune.engine.stages import DecodeState
 from jaxprune.inputs.pixels import pixel_values, size_of
 from jaxprune.inputs.request import Request
 from jaxprune.ops.tiles import Tiling
@@ -19,6 +21,7 @@ from jaxprune.ops.tiles import Tiling
 STOP_CHECK_EVERY = 16  # tokens between looks for a stop string
 
 
+@dataclasses.dataclass(kw_only=True)
 class Session:
     """A request after its prefill; `begin` makes one.
 
@@ -29,49 +32,45 @@ class Session:
         tilings: how each image is cut.
         seen: the images after pruning.
         prompt: the rows as the decoder read them.
+        limits: int `[rows]`, new tokens of each, at most.
+        sampling: what the rows ask for, on the devices.
+        greedy: whether every row takes the likeliest token.
+        clock: seconds by stage.
         first_logits: float32 `[B, V]`, of the first tokens.
         survivors: who is left after each layer that drops tokens.
         state: where decoding is.
-        limits: int `[B]`, new tokens of each row, at most.
         step: int `[rows]`, tokens generated so far, the end of sequence included.
         tokens: int32 `[rows, M]`, the answers so far.
         lengths: int `[rows]`, tokens of each answer.
         done: bool `[rows]`, whether a row said its end of sequence.
         texts: the rows' texts so far.
-        clock: seconds by stage.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        request: Request,
-        asks: Sequence[Ask],
-        *,
-        tilings: Sequence[Tiling],
-        seen: Seen,
-        prompt: Prompt,
-        limits: np.ndarray,
-        sampling: Sampling,
-        read: Read,
-        clock: Clock,
-    ) -> None:
-        self.engine, self.request, self.asks, self.clock = engine, request, asks, clock
-        self.tilings, self.seen, self.prompt, self.limits = tilings, seen, prompt, limits
-        self.sampling, self.greedy = sampling, all(ask.greedy for ask in asks)
-        self.first_logits, self.survivors, self.state = (
-            read.first_logits,
-            read.survivors,
-            read.state,
-        )
-        self.texts = [RunningText(engine.processor, ask.stop) for ask in asks]
-        self.step, self.lengths = np.ones(len(asks), int), np.zeros(len(asks), int)
-        self.tokens, self.done = np.zeros((len(asks), 0), int), np.zeros(len(asks), bool)
+    engine: Engine
+    request: Request
+    asks: Sequence[Ask]
+    tilings: Sequence[Tiling]
+    seen: Seen
+    prompt: Prompt
+    limits: np.ndarray
+    sampling: Sampling
+    greedy: bool
+    clock: Clock
+    first_logits: Float[Array, "B V"]
+    survivors: tuple[tuple[Array, ...], ...]
+    state: DecodeState
+
+    def __post_init__(self) -> None:
+        rows = len(self.asks)
+        self.texts = [RunningText(self.engine.processor, ask.stop) for ask in self.asks]
+        self.step, self.lengths = np.ones(rows, int), np.zeros(rows, int)
+        self.tokens, self.done = np.zeros((rows, 0), int), np.zeros(rows, bool)
 
     @property
     def resting(self) -> np.ndarray:
         """Whether a row's answer is complete: bool `[rows]`."""
         stopped = np.array([text.stopped for text in self.texts])
-        resting: np.ndarray = self.done | stopped | (self.step >= self.limits[: len(self.asks)])
+        resting: np.ndarray = self.done | stopped | (self.step >= self.limits)
         return resting
 
     @property
@@ -82,12 +81,10 @@ class Session:
         """Generate up to so many more tokens in every row that needs them: one dispatch."""
         until = np.zeros(self.prompt.batch, int)
         rows = len(self.asks)
-        until[:rows] = np.where(self.resting, 0, np.minimum(self.step + tokens, self.limits[:rows]))
+        until[:rows] = np.where(self.resting, 0, np.minimum(self.step + tokens, self.limits))
         if (until[:rows] > self.step).any():
-            slots, room = sum(self.prompt.lengths), self.prompt.new_slots
-            shape = {"batch": self.prompt.batch, "slots": slots, "new_tokens": room}
             self.state = self.engine.write(
-                self.state, until, self.sampling, greedy=self.greedy, clock=self.clock, **shape
+                self.state, until, self.sampling, greedy=self.greedy, clock=self.clock
             )
         self.fetch()
 
@@ -100,7 +97,7 @@ class Session:
             )
         before = self.lengths
         self.step, self.tokens, self.done = step[:rows], tokens[:rows], done[:rows]
-        self.lengths = np.minimum(lengths[:rows], self.limits[:rows])
+        self.lengths = np.minimum(lengths[:rows], self.limits)
         for b, text in enumerate(self.texts):
             last = bool(self.done[b] or self.step[b] >= self.limits[b])
             if last or self.lengths[b] > before[b]:
@@ -122,7 +119,7 @@ def begin(engine: Engine, request: Request, asks: Sequence[Ask], clock: Clock) -
         UserError: for a request that the model, the buckets or the memory do not hold; under
             `no_compilation`, for a shape that is not covered.
     """
-    if engine.plan.vision is not None and engine.plan.vision.reads_question:
+    if engine.reads_question:
         request = request.with_own_images()
     rows, processor = request.rows, engine.processor
     tilings = [engine.config.tiling(size_of(image)) for image in request.images]
@@ -130,8 +127,7 @@ def begin(engine: Engine, request: Request, asks: Sequence[Ask], clock: Clock) -
         engine.plan.vision.check(min(tiling.num_patches for tiling in tilings))
     batch = engine.buckets.fit("batch", len(rows))
     # Before any work on an accelerator: the part of the length that is known now.
-    unpruned = engine.unpruned(tilings)
-    engine.check_context(rows, unpruned.counts * (engine.plan.vision is None))
+    engine.context_left(rows, engine.surely(tilings))
     seen = NOTHING_SEEN
     if tilings:
         with clock.stage("preprocess"):
@@ -144,28 +140,25 @@ def begin(engine: Engine, request: Request, asks: Sequence[Ask], clock: Clock) -
             questions=request.questions,
             clock=clock,
         )
-        engine.check_context(rows, seen.room.counts)
     # Each row for itself: what a long one lacks, its neighbours still have.
-    context = engine.config.text_config.context_length
-    limits = np.zeros(batch, int)
-    limits[: len(rows)] = [
-        min(ask.max_new_tokens, context - row_length(row, seen.room.counts))
-        for row, ask in zip(rows, asks, strict=True)
-    ]
+    left = engine.context_left(rows, seen.room)
+    limits = np.minimum([ask.max_new_tokens for ask in asks], left)
     new_slots = engine.buckets.fit("new_tokens", int(limits.max()))
-    lengths = engine.lengths_of(rows, seen)
-    prompt = engine.lay_out(rows, seen, lengths, batch=batch, new_slots=new_slots)
+    room = engine.room_of(rows, seen)
+    prompt = engine.lay_out(rows, seen, room, batch=batch, new_slots=new_slots)
     sampling = engine.sampling(asks, batch)
     greedy = all(ask.greedy for ask in asks)
+    read = engine.read(prompt, seen, sampling, greedy=greedy, clock=clock)
     return Session(
-        engine,
-        request,
-        asks,
+        engine=engine,
+        request=request,
+        asks=asks,
         tilings=tilings,
         seen=seen,
         prompt=prompt,
         limits=limits,
         sampling=sampling,
-        read=engine.read(prompt, seen, sampling, greedy=greedy, clock=clock),
+        greedy=greedy,
         clock=clock,
+        **read._asdict(),
     )

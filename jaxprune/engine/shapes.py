@@ -1,8 +1,6 @@
 """The padded sizes of a request, from the buckets; and those of all requests there can be."""
 
 import dataclasses
-import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from jaxprune.engine.buckets import Buckets
@@ -23,40 +21,15 @@ def tokens_left(config: ModelConfig, method: VisionMethod) -> int | None:
     return patches + method.extra_tokens.number + tiling.num_tokens - tiling.num_patches
 
 
-def few_lengths(lengths: Sequence[int], distinct: int | None) -> tuple[int, ...]:
-    """Falling lengths rounded up to at most `distinct` different ones, at the least total.
-
-    Args:
-        lengths: what each layer needs, not increasing.
-        distinct: how many different ones may be left; None changes nothing.
-    """
-    if distinct is None or len(set(lengths)) <= distinct:
-        return tuple(lengths)
-    # Groups of neighbouring layers take their first one's length. best[g][l]: the least
-    # total of the layers from l on in g groups, and where the first of these ends.
-    L = len(lengths)
-    best = [[(math.inf, L)] * L + [(0.0, L)]]
-    for _ in range(distinct):
-        best.append(
-            [
-                min((lengths[l] * (e - l) + best[-1][e][0], e) for e in range(l + 1, L + 1))
-                for l in range(L)
-            ]
-            + [(0.0, L)]
-        )
-    rounded: list[int] = []
-    for groups in range(distinct, 0, -1):
-        if len(rounded) < L:
-            end = best[groups][len(rounded)][1]
-            rounded += [lengths[len(rounded)]] * (end - len(rounded))
-    return tuple(rounded)
-
-
-class Lengths(NamedTuple):
+class RowRoom(NamedTuple):
     """What a batch has room for: text tokens, and visual tokens of all images, of a row."""
 
     text: int
     visual: int
+
+    @property
+    def slots(self) -> int:
+        return self.text + self.visual
 
 
 class ImageShape(NamedTuple):
@@ -120,13 +93,14 @@ class Shapes:
 
     def of_selection(self, shape: ImageShape, longest: int) -> int:
         """Slots of each image's visual tokens, of which the largest has `longest`."""
-        return min(self.buckets.fit("visual", longest), self._most(shape))
+        return min(self.buckets.fit("visual", longest), self.most_left(shape))
 
-    def _most(self, shape: ImageShape) -> int:
+    def most_left(self, shape: ImageShape) -> int:
+        """The most visual tokens that can be left of an image, a method's own included."""
         extra = 0 if self.method is None else shape.tiles * self.method.extra_tokens.number
         return shape.slots + extra
 
-    def of_rows(self, text: int, row_images: int, capacity: int, longest: int) -> Lengths:
+    def of_rows(self, text: int, row_images: int, capacity: int, longest: int) -> RowRoom:
         """Room for rows of up to `text` text and `longest` visual tokens.
 
         Args:
@@ -137,11 +111,11 @@ class Shapes:
         """
         text = self.buckets.fit("text", text)
         if not row_images:
-            return Lengths(text, 0)
+            return RowRoom(text, 0)
         whole = self.buckets.fit("row_images", row_images) * capacity
         if longest == whole:
-            return Lengths(text, whole)
-        return Lengths(text, min(self.buckets.fit("visual", longest), whole))
+            return RowRoom(text, whole)
+        return RowRoom(text, min(self.buckets.fit("visual", longest), whole))
 
     def every_image(self) -> list[ImageShape]:
         """All that `of_images` can give."""
@@ -158,11 +132,11 @@ class Shapes:
         # Without pruning an image of several tiles has more than those of its whole.
         tiled = self.method is None and not self.config.one_tile
         least = self.config.tower.tokens_per_tile + 1 if tiled else 1
-        most = min(self._most(shape), self.buckets.visual[-1])
+        most = min(self.most_left(shape), self.buckets.visual[-1])
         numbers = range(most, least - 1, -1)
         return {self.of_selection(shape, n): n for n in numbers}
 
-    def every_row(self, row_images: int, capacity: int, least: int) -> list[Lengths]:
+    def every_row(self, row_images: int, capacity: int, least: int) -> list[RowRoom]:
         """All that `of_rows` can give for images of a capacity, the largest with `least` or more.
 
         Args:
@@ -173,4 +147,4 @@ class Shapes:
         whole, largest = row_images * capacity, self.buckets.visual[-1]
         visual = [n for n in range(least, whole + 1) if n == whole or n <= largest] or [0]
         rooms = {self.of_rows(1, row_images, capacity, n).visual for n in visual}
-        return [Lengths(text, room) for room in sorted(rooms) for text in self.buckets.text]
+        return [RowRoom(text, room) for room in sorted(rooms) for text in self.buckets.text]

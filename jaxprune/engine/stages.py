@@ -8,7 +8,9 @@ decode         a loop of single steps, caches donated
 record, score  a prompt with its answer through the decoder, for calibration
 """
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxprune.engine.sampling import Sampling, next_token
+from jaxprune.errors import UserError
 from jaxprune.methods.base import VisionMethod
 from jaxprune.models.family import Arrays, Embedded, LayerCache, ModelConfig, Prefilled
 from jaxprune.models.registry import family_of
@@ -33,9 +36,6 @@ from jaxprune.ops.tiles import (
     patches_of,
 )
 from jaxprune.ops.visual import Selection, Signal, VisionOutput
-
-# Static arguments of a jit, as in the signatures below.
-Config = ModelConfig
 
 
 class DecodeState(NamedTuple):
@@ -60,12 +60,26 @@ class DecodeState(NamedTuple):
     done: Bool[Array, " B"]
 
 
+class Read(NamedTuple):
+    """A prompt after its prefill.
+
+    Attributes:
+        state: where decoding begins, with the first token.
+        first_logits: float32 `[B, V]`, of that token.
+        survivors: for each layer that drops tokens, who is left; see `Schedule.record`.
+    """
+
+    state: DecodeState
+    first_logits: Float[Array, "B V"]
+    survivors: tuple[tuple[Array, ...], ...]
+
+
 @functools.partial(jax.jit, static_argnames=("config", "signals"))
 def encode(
     params: Arrays,
     pixels: Float[Array, "F H W 3"],
     *,
-    config: Config,
+    config: ModelConfig,
     signals: frozenset[Signal],
 ) -> VisionOutput:
     """Pixels of tiles -> features and the signals asked for."""
@@ -73,7 +87,9 @@ def encode(
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
-def embed_questions(params: Arrays, token_ids: Int[Array, "I Q"], *, config: Config) -> Questions:
+def embed_questions(
+    params: Arrays, token_ids: Int[Array, "I Q"], *, config: ModelConfig
+) -> Questions:
     """Questions in the decoder's embeddings; ids below 0 are padding."""
     tokens = family_of(config).embed_text(params, config, jnp.maximum(token_ids, 0))
     return Questions(tokens, token_ids >= 0)
@@ -144,7 +160,23 @@ def _choose(
     """What is kept, and what is part of the picture."""
     patches = patches_of(vision.signals, packing, vision.features.shape[1], questions)
     inside = patches.place >= 0
-    return (Chosen(inside) if method is None else method.choose(patches)), inside
+    if method is None:
+        return Chosen(inside), inside
+    with _told_of_signals(method):
+        return method.choose(patches), inside
+
+
+@contextlib.contextmanager
+def _told_of_signals(method: VisionMethod) -> Iterator[None]:
+    """A `UserError` for a method that reads a signal which it does not ask for."""
+    try:
+        yield
+    except KeyError as error:
+        if not isinstance(error.args[0], Signal):
+            raise
+        raise UserError(
+            f"{method.name} reads {error.args[0]}, which its `signals` do not name; add it there."
+        ) from None
 
 
 def _tokens(
@@ -165,7 +197,8 @@ def _tokens(
     stays = by_tile(chosen.kept & inside, packing)  # [F, N]
     room = min(left.indices.shape[1], stays.shape[1])
     indices = nonzero_first(stays, room)
-    merged = method.merge_tokens(vision, by_tile(chosen.kept, packing), indices)
+    with _told_of_signals(method):
+        merged = method.merge_tokens(vision, by_tile(chosen.kept, packing), indices)
     which = (jnp.cumsum(stays, axis=-1) - 1)[tile, place]  # of the tile's kept patches
     which = jnp.where(left.extra < 0, which, room + left.extra)
     pool = jnp.concatenate([merged.tokens, merged.extra], axis=1)  # [F, room + E, C]
@@ -186,7 +219,7 @@ def _positions(
 
 @functools.partial(jax.jit, static_argnames=("config",))
 def embed(
-    params: Arrays, layout: Embedded, selection: Selection | None, *, config: Config
+    params: Arrays, layout: Embedded, selection: Selection | None, *, config: ModelConfig
 ) -> Tokens:
     """Text and visual tokens of a layout as the decoder's input."""
     # A stage of its own: the number of images and of visual tokens ends here, so that the
@@ -204,12 +237,12 @@ def prefill(
     sampling: Sampling,
     eos: Int[Array, " E"],
     *,
-    config: Config,
+    config: ModelConfig,
     schedule: Schedule,
     new_slots: int,
     greedy: bool,
-) -> tuple[DecodeState, Float[Array, "B V"], tuple[tuple[Array, ...], ...]]:
-    """The prompt through the decoder: the state after the first token, its logits, survivors.
+) -> Read:
+    """The prompt through the decoder, up to the first token.
 
     Rows from `rows` on only pad the batch and are done from the start.
     """
@@ -233,7 +266,7 @@ def prefill(
         done=jnp.arange(batch) >= rows,
     )
     state = _append(state, ~state.done, logits, sampling, eos, greedy=greedy)
-    return state, logits, prefilled.records
+    return Read(state, logits, prefilled.records)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "greedy"), donate_argnames=("state",))
@@ -244,7 +277,7 @@ def decode(
     sampling: Sampling,
     eos: Int[Array, " E"],
     *,
-    config: Config,
+    config: ModelConfig,
     greedy: bool,
 ) -> DecodeState:
     """Single steps until every row is done or has its `until` tokens."""
@@ -294,7 +327,7 @@ def _through(
     layout: Embedded,
     selection: Selection,
     counts: Any,
-    config: Config,
+    config: ModelConfig,
     schedule: Schedule,
 ) -> Prefilled:
     model = family_of(config)
@@ -309,7 +342,7 @@ def record(
     selection: Selection,
     counts: Any,
     *,
-    config: Config,
+    config: ModelConfig,
     schedule: Schedule,
 ) -> tuple[tuple[Array, ...], ...]:
     """A batch through the decoder, caches left out: what `schedule.record` noted."""
@@ -324,7 +357,7 @@ def score(
     counts: Any,
     answers: Int[Array, "B A"],
     *,
-    config: Config,
+    config: ModelConfig,
     schedule: Schedule,
 ) -> tuple[Float[Array, " B"], Bool[Array, " B"]]:
     """Log-probability of each answer, and whether every token is the likeliest.

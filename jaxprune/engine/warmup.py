@@ -17,7 +17,7 @@ from jaxprune.devices.mesh import to_host
 from jaxprune.engine.buckets import DEFAULT_BUCKETS, Buckets
 from jaxprune.engine.engine import NOTHING_SEEN, Clock, Encoded, Engine, Prompt, Seen
 from jaxprune.engine.sampling import Ask
-from jaxprune.engine.shapes import ImageShape, Lengths
+from jaxprune.engine.shapes import ImageShape, RowRoom
 from jaxprune.errors import UserError
 from jaxprune.inputs.layout import ImageRoom
 from jaxprune.inputs.processor import Processor
@@ -158,13 +158,15 @@ class _WarmUp:
 
     def run(self, images: Images) -> None:
         """One combination from pixels to a token."""
-        seen = self.engine.select(
-            self._empty(images.shape),
-            batch=images.batch,
-            row_images=images.row_images,
-            capacity=images.capacity,
-            clock=Clock(),
-        )
+        for width in self.engine.question_widths:
+            seen = self.engine.select(
+                self._empty(images.shape),
+                batch=images.batch,
+                row_images=images.row_images,
+                questions=[[0] * width],
+                capacity=images.capacity,
+                clock=Clock(),
+            )
         seen = dataclasses.replace(seen, room=_ONE_IMAGE._replace(capacity=images.capacity))
         rooms = self.engine.shapes.every_row(images.row_images, images.capacity, images.least)
         self._rows(images.batch, seen, rooms, images.least)
@@ -181,7 +183,7 @@ class _WarmUp:
             self._encoded = {shape: self.engine.encode(pixels, (), shape, Clock())}
         return self._encoded[shape]
 
-    def _rows(self, batch: int, seen: Seen, rooms: Sequence[Lengths], least: int) -> None:
+    def _rows(self, batch: int, seen: Seen, rooms: Sequence[RowRoom], least: int) -> None:
         """The decoder's part, for every room that rows of `least` visual tokens may need."""
         texts = self.engine.buckets.text
         for room in rooms:
@@ -191,14 +193,14 @@ class _WarmUp:
             if shortest < self.engine.config.text_config.context_length:
                 self._decode(batch, room, seen)
 
-    def _decode(self, batch: int, room: Lengths, seen: Seen) -> None:
+    def _decode(self, batch: int, room: RowRoom, seen: Seen) -> None:
         row = Row([[1, 1]], []) if seen.selection is None else Row([[1], [1]], [0])
         for new_slots in self.engine.buckets.new_tokens:
             prompt = self.engine.lay_out([row], seen, room, batch=batch, new_slots=new_slots)
             shape = sharding = None
             if seen.selection is not None:  # on a mesh, programs differ by where arguments are
                 shape, sharding = seen.selection.tokens.shape, seen.selection.tokens.sharding
-            key = (batch, sum(room), prompt.schedule, sharding)
+            key = (batch, room.slots, prompt.schedule, sharding)
             if (key, new_slots, shape) in self._seen:
                 continue
             known = (key, new_slots) in self._seen

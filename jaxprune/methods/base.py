@@ -7,6 +7,7 @@ docs/extending.md has one of each side.
 import copy
 import dataclasses
 import functools
+import itertools
 import math
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
@@ -14,8 +15,9 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxprune.errors import UserError, check_choice, is_whole
+from jaxprune.errors import UserError, check_choice, is_number, is_whole
 from jaxprune.ops.cuts import (
+    AFTER_ATTENTION,
     BETWEEN_LAYERS,
     ByAttention,
     Depth,
@@ -101,8 +103,6 @@ class VisionMethod:
     """What the tower has to give besides the features."""
     reads_question: ClassVar[bool] = False
     """Whether `choose` looks at what is asked; every question then has its image pruned anew."""
-    merges: ClassVar[bool] = False
-    """Whether `merge_tokens` makes other tokens of those that are kept."""
     traced: ClassVar[tuple[str, ...]] = ()
     """Fields, whole numbers below 2**32, that programs get as arguments, uint32 `[]`."""
 
@@ -113,9 +113,18 @@ class VisionMethod:
 
     def __post_init__(self) -> None:
         check_choice("positions", self.positions, POSITIONS)
+        if self.extra_tokens.number and not self.merges:
+            raise UserError(
+                f"{type(self).__name__} has extra_tokens, but no merge_tokens that makes them."
+            )
 
     def plan(self) -> Plan:
         return Plan(vision=self)
+
+    @property
+    def merges(self) -> bool:
+        """Whether `merge_tokens` makes other tokens of those that are kept."""
+        return type(self).merge_tokens is not VisionMethod.merge_tokens
 
     @property
     def extra_tokens(self) -> ExtraTokens:
@@ -136,7 +145,7 @@ class VisionMethod:
     def merge_tokens(
         self, tiles: VisionOutput, kept: Bool[Array, "F N"], indices: Int[Array, "F K"]
     ) -> Merged:
-        """Of a method that merges: what the kept patches become, tile by tile.
+        """What the kept patches become, tile by tile; a method without it leaves them as they are.
 
         Args:
             tiles: features and signals of F tiles.
@@ -195,6 +204,7 @@ class DecoderMethod:
 
     def __post_init__(self) -> None:
         check_choice("positions", self.positions, POSITIONS)
+        check_choice(f"{type(self).__name__}.cut", self.cut, (BETWEEN_LAYERS, AFTER_ATTENTION))
 
     def plan(self) -> Plan:
         return Plan(decoder=self)
@@ -207,7 +217,8 @@ class DecoderMethod:
     @property
     def ranker(self) -> Ranker:
         """What decides at a cut: methods of equal rankers share programs."""
-        own = {"rank", "keep"} & {name for cls in _above(type(self)) for name in vars(cls)}
+        cls, base = type(self), DecoderMethod
+        own = cls.rank is not base.rank or cls.keep is not base.keep
         return self if own else ByAttention(self.score)
 
     def rank(self, view: LayerView) -> Float[Array, "B S"]:
@@ -233,11 +244,6 @@ class DecoderMethod:
         raise NotImplementedError
 
 
-def _above(cls: type) -> list[type]:
-    """A class and what it derives from, up to `DecoderMethod`."""
-    return [c for c in cls.__mro__ if issubclass(c, DecoderMethod) and c is not DecoderMethod]
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KeepRates(DecoderMethod):
     """A decoder-side method given by the share of the visual tokens that each layer gets."""
@@ -248,14 +254,28 @@ class KeepRates(DecoderMethod):
 
     def removed(self, num_tokens: int, depth: Depth) -> np.ndarray:
         # What layer l + 1 gets is what is left after layer l.
-        rates = np.array(self.rates(depth), np.float64)
+        given = self.rates(depth)
+        rates = np.array(given, np.float64)
         if len(rates) != depth.num_hidden_layers:
             raise UserError(
-                f"{self.name} gives keep rates for {len(rates)} layers, but the decoder has "
-                f"{depth.num_hidden_layers}."
+                f"{self.name} has keep rates for {len(rates)} layers, but the decoder has "
+                f"{depth.num_hidden_layers}; give one for each, or make some with "
+                "`jaxprune calibrate`."
             )
+        check_rates(f"The keep rates of {self.name}", given)
         kept = np.floor(rates * num_tokens + 0.5).astype(np.int64)
         return num_tokens - np.append(kept[1:], kept[-1])
+
+
+def check_rates(name: str, rates: Any) -> None:
+    """Raise `UserError` unless `rates` start with 1, never increase and stay above 0."""
+    numbers = isinstance(rates, tuple | list) and all(is_number(r) for r in rates)
+    falling = numbers and all(a >= b for a, b in itertools.pairwise(rates))
+    if not falling or not rates or rates[0] != 1 or not rates[-1] >= 0:
+        raise UserError(
+            f"{name} are {rates!r}; expected one a layer from 1 down to 0, the first one 1, none "
+            "larger than the one before."
+        )
 
 
 @functools.lru_cache(maxsize=64)
@@ -284,9 +304,16 @@ def check_depth(name: str, layer: int, depth: Depth) -> None:
         )
 
 
-def check_ranks(method: DecoderMethod, depth: Depth) -> None:
-    """Raise `UserError` for a method that keeps some tokens, and does not say which."""
-    removed = method.removed(64, depth)
+def check_removed(method: DecoderMethod, depth: Depth) -> None:
+    """Raise `UserError` for counts that are none, or of tokens of which it is not said which."""
+    removed, L = np.asarray(method.removed(64, depth)), depth.num_hidden_layers
+    counts = removed.shape == (L,) and np.issubdtype(removed.dtype, np.integer)
+    if not counts or (np.diff(removed, prepend=0) < 0).any() or removed[-1] > 64:
+        raise UserError(
+            f"{type(method).__name__}.removed gives {removed.tolist()} of 64 visual tokens; "
+            f"expected whole numbers, one for each of the decoder's {L} layers, which do not fall "
+            "and end at 64 or below."
+        )
     some = ((removed > 0) & (removed < 64)).any()
     if some and method.ranker == ByAttention(None):
         raise UserError(

@@ -68,6 +68,8 @@ class FitPrune(DecoderMethod):
         if self.scaling not in (None, "kept", "authors"):
             raise UserError(f"scaling is {self.scaling!r}; expected 'kept' or 'authors'.")
         if self.deletions is None:
+            if self.num_tokens is not None:
+                raise UserError("num_tokens goes with deletions; with save, a recipe says it.")
             return
         listed = isinstance(self.deletions, tuple | list)
         whole = listed and all(type(t) is int and t >= 0 for t in self.deletions)

@@ -99,10 +99,6 @@ class VTW(KeepRates):
         if self.layer is not None:
             check_layer("layer", self.layer)
 
-    @property
-    def score(self) -> None:
-        return None
-
     def rates(self, depth: Depth) -> tuple[float, ...]:
         layer = depth.num_hidden_layers // 2 if self.layer is None else self.layer
         check_depth("layer", layer, depth)

@@ -16,13 +16,12 @@ prompt's last token alone, as FastV does. The paper leaves the queries open.
 
 import dataclasses
 import functools
-import itertools
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from jaxprune.errors import UserError, check_choice, check_layer, check_share, is_number
 from jaxprune.methods import recipes
-from jaxprune.methods.base import KeepRates, check_depth
+from jaxprune.methods.base import KeepRates, check_depth, check_rates
 from jaxprune.ops.cuts import Depth, Score
 
 STEEPEST = 50.0
@@ -55,7 +54,7 @@ class GSearch(KeepRates):
         check_queries(self.queries)
         if self.keep_rates is None:
             return
-        check_rates(self.keep_rates)
+        check_rates("keep_rates", self.keep_rates)
         object.__setattr__(self, "keep_rates", tuple(map(float, self.keep_rates)))
 
     @property
@@ -67,23 +66,7 @@ class GSearch(KeepRates):
         if rates is None:
             found = recipes.published("gsearch", depth)
             rates = tuple(found.options["keep_rates"])
-        if len(rates) != depth.num_hidden_layers:
-            raise UserError(
-                f"There are keep rates for {len(rates)} layers, but the decoder has "
-                f"{depth.num_hidden_layers}; make some with `jaxprune calibrate`."
-            )
         return rates
-
-
-def check_rates(rates: Any) -> None:
-    """Raise `UserError` unless `rates` start with 1, never increase and stay above 0."""
-    numbers = isinstance(rates, tuple | list) and all(is_number(r) for r in rates)
-    falling = numbers and all(a >= b for a, b in itertools.pairwise(rates))
-    if not falling or not rates or rates[0] != 1 or not rates[-1] >= 0:
-        raise UserError(
-            f"keep_rates are {rates!r}; expected one a layer from 1 down to 0, the first "
-            "one 1, none larger than the one before."
-        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

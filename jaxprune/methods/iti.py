@@ -31,9 +31,7 @@ from jaxprune.methods.base import DecoderMethod, Plan, VisionMethod, check_depth
 from jaxprune.ops.cuts import Depth, Score
 from jaxprune.ops.ranking import descending_order, ranks
 from jaxprune.ops.tiles import Chosen, Patches
-from jaxprune.ops.visual import Signal
-
-CLS_ATTENTION = Signal("cls_attention", heads="joined")
+from jaxprune.ops.visual import CLS_ATTENTION, Signal
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -41,9 +41,8 @@ from jaxprune.methods.base import Merged, VisionMethod, check_keep, check_keep_f
 from jaxprune.ops.merging import neighbour_weights, weighted_sum
 from jaxprune.ops.ranking import descending_order, gather_tokens, quartiles, ranks
 from jaxprune.ops.tiles import Chosen, ExtraTokens, Patches
-from jaxprune.ops.visual import Signal, VisionOutput
+from jaxprune.ops.visual import CLS_ATTENTION, Signal, VisionOutput
 
-CLS_ATTENTION = Signal("cls_attention", heads="joined")
 KEYS = Signal("keys", heads="joined")
 NEIGHBOURS = 32
 _CHOICES = {"merge": ("authors", "weighted_mean"), "order": ("score", "raster")}
@@ -67,7 +66,6 @@ class PruMerge(VisionMethod):
     paper: ClassVar[str] = "LLaVA-PruMerge, arXiv 2403.15388"
     summary: ClassVar[str] = "keep what the CLS token looks at, merge the rest into it"
     signals: ClassVar[frozenset[Signal]] = frozenset({CLS_ATTENTION, KEYS})
-    merges: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -96,8 +94,7 @@ class PruMerge(VisionMethod):
             rank, number = self.rank(inside, None, place)
             rank = rank.reshape(s.shape)
             number = number[:, None]
-        by_score = self.order == "score" and s.shape[1] == 1
-        return Chosen(rank < number[..., None], rank if by_score else None)
+        return Chosen(rank < number[..., None], rank if self.order == "score" else None)
 
     def rank(
         self,

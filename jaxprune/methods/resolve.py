@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from jaxprune.errors import UserError
-from jaxprune.methods.base import Method, MethodClass, Plan, check_ranks, options_of
+from jaxprune.methods.base import Method, MethodClass, Plan, check_removed, options_of
 from jaxprune.methods.baselines import RandomPlaces, UniformPlaces
 from jaxprune.methods.fitprune import FitPrune
 from jaxprune.methods.fixed_schedules import VTW, FastV, PyramidDrop
@@ -74,7 +74,7 @@ def resolve(
             made = _from_recipe(part, depth, fractions)
         plan = _join(plan, made.plan())
     if plan.decoder is not None:
-        check_ranks(plan.decoder, depth)  # says at once when the depth does not fit
+        check_removed(plan.decoder, depth)
     return plan
 
 

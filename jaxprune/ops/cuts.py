@@ -15,8 +15,10 @@ from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxprune.errors import UserError, check_choice
 from jaxprune.ops.attention import Watch
 from jaxprune.ops.ranking import descending_order, nonzero_first, ranks
 
@@ -32,6 +34,11 @@ LAST_VISUAL = 5  # the same as LAST, of a prompt that ends with an image
 
 AFTER_ATTENTION = "after_attention"
 BETWEEN_LAYERS = "between_layers"
+
+QUERIES = ("last", "text", "visual", "all")
+
+
+_LEAST = float(np.finfo(np.float32).min)
 
 
 class Depth(NamedTuple):
@@ -70,23 +77,50 @@ class LayerView(NamedTuple):
 
     Attributes:
         tokens: those that entered the layer's cut; `tokens.x` is what the cut is of.
-        received: float32 `[n, B, S]`, the attention that each token received, a row for each
-            of the queries that the score names; None without a score.
         before: `[B, S, D]`, hidden states that entered the layer.
-        after: `[B, S, D]`, those that leave it; None for a cut after its attention.
         q: `[B, H, S, d]`, the layer's queries, rotated.
         k: `[B, J, S, d]`, its keys, rotated.
         q_plain, k_plain: the same before rotation.
+        watched: what `received` gives, or None.
+        output: what `after` gives, or None.
     """
 
     tokens: Tokens
-    received: Float[Array, "n B S"] | None
     before: Float[Array, "B S D"]
-    after: Float[Array, "B S D"] | None
     q: Float[Array, "B H S d"]
     k: Float[Array, "B J S d"]
     q_plain: Float[Array, "B H S d"]
     k_plain: Float[Array, "B J S d"]
+    watched: Float[Array, "n B S"] | None = None
+    output: Float[Array, "B S D"] | None = None
+
+    @property
+    def received(self) -> Float[Array, "n B S"]:
+        """The attention that each token received, float32, a row for each query of the score.
+
+        Raises:
+            UserError: without a score.
+        """
+        if self.watched is None:
+            raise UserError(
+                "view.received is the attention that a method's score asks for, and this one "
+                "has no score; give it one, see docs/extending.md."
+            )
+        return self.watched
+
+    @property
+    def after(self) -> Float[Array, "B S D"]:
+        """The hidden states that leave the layer.
+
+        Raises:
+            UserError: for a cut after the layer's attention, where there are none yet.
+        """
+        if self.output is None:
+            raise UserError(
+                'view.after is what leaves a layer, which a cut "after_attention" is in the '
+                'middle of; read view.tokens.x, or cut "between_layers".'
+            )
+        return self.output
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,6 +139,13 @@ class Score:
     heads: str = "mean"
     later: bool = False
 
+    def __post_init__(self) -> None:
+        check_choice("heads", self.heads, ("mean", "max"))
+        if not isinstance(self.queries, tuple) or not self.queries:
+            raise UserError(f"queries are {self.queries!r}; expected a tuple of names.")
+        for name in self.queries:
+            check_choice("queries", name, QUERIES)
+
 
 @runtime_checkable  # so that the tests can check it
 class Ranker(Protocol):
@@ -117,7 +158,7 @@ class Ranker(Protocol):
     def keep(
         self, view: LayerView, candidates: Bool[Array, "B S"], count: Int[Array, " B"]
     ) -> Bool[Array, "B S"]:
-        """Which candidates stay, at most `count` of them."""
+        """Which candidates stay, at most `count` of them; what it says of others is not heard."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,8 +170,8 @@ class ByAttention:
     def keep(
         self, view: LayerView, candidates: Bool[Array, "B S"], count: Int[Array, " B"]
     ) -> Bool[Array, "B S"]:
-        received = view.received
-        score = jnp.zeros(candidates.shape) if received is None else jnp.prod(received, axis=0)
+        first = self.score is None
+        score = jnp.zeros(candidates.shape) if first else jnp.prod(view.received, axis=0)
         return keep_best(score, candidates, count)
 
 
@@ -196,7 +237,8 @@ class Schedule:
         if cut != self.cut or layer not in self.layers:
             return tokens, others
         among = candidates(tokens, prune_text=self.prune_text)
-        kept = self.ranker.keep(view, among, counts[layer])
+        # A method of a user's own may say of what is no candidate, or of how many, what it likes.
+        kept = keep_masked(self.ranker.keep(view, among, counts[layer]), among, counts[layer])
         return self.cut_to(layer, tokens._replace(valid=tokens.valid & kept), others)
 
     def cut_to(self, layer: int, tokens: Tokens, others: Tree) -> tuple[Tokens, Tree]:
@@ -265,6 +307,8 @@ def keep_best(
     Returns:
         True for everything that is no candidate.
     """
+    score = score.astype(jnp.float32)
+    score = jnp.where(score > _LEAST, score, _LEAST)  # -inf and NaN are still a candidate's
     rank = ranks(descending_order(jnp.where(candidates, score, -jnp.inf)))
     return ~candidates | (rank < count[:, None])
 

@@ -149,8 +149,8 @@ class Chosen(NamedTuple):
 
     Attributes:
         kept: bool `[I, T, N]`.
-        order: int32 `[I, T, N]`, kept patches in ascending order of it; None: as they stand
-            in the picture.
+        order: int32 `[I, T, N]`: of an image of one tile, kept patches in ascending order of
+            it; None, and of several tiles: as they stand in the picture.
     """
 
     kept: Bool[Array, "I T N"]
@@ -300,7 +300,9 @@ def _kept_slots(chosen: Chosen, packing: Packing) -> tuple[Bool[Array, "I M"], I
     stays = kept | ((slots < NO_PATCH) & (left | ~had))
     key = jnp.broadcast_to(jnp.arange(M), (I, M))
     if chosen.order is not None:
-        key = jnp.where(stands, chosen.order.reshape(I, -1)[own, patch], -1)
+        one = jnp.sum(packing.tile >= 0, axis=1, keepdims=True) == 1  # [I, 1]
+        order = jnp.where(stands, chosen.order.reshape(I, -1)[own, patch], -1)
+        key = jnp.where(one, order, key)
     last = np.iinfo(np.int32).max
     return stays, jnp.argsort(jnp.where(stays, key, last), axis=1)  # stable
 

@@ -34,8 +34,8 @@ class Signal:
 
     Args:
         kind: one of these names.
-        layer: the tower's layer, from 0, or from the end: -1 is the last one. "features" and
-            "projected" do not ask for it.
+        layer: the tower's layer, from 0, or from the end: -1 is the last one. Of "features" and
+            "projected" there is one of each, whatever it is.
         heads: "mean" over the heads, or "joined": the heads' widths as one.
 
     Raises:
@@ -53,6 +53,12 @@ class Signal:
                 f"There is no signal {self.kind!r} with heads={self.heads!r}; expected one of, "
                 f"with their heads: {known}."
             )
+        if self.kind in ("features", "projected"):
+            object.__setattr__(self, "layer", -1)
+
+
+CLS_ATTENTION = Signal("cls_attention", heads="joined")
+"""What PruMerge and iti go by: the CLS query's attention, one head over the full width."""
 
 
 class VisionOutput(NamedTuple):

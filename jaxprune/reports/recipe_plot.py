@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from jaxprune.engine.cost import most_tokens
 from jaxprune.errors import UserError
 from jaxprune.methods import DecoderMethod, Depth, FitPrune, GSearch, Iti, PSigmoid, resolve
 from jaxprune.methods.recipes import Recipe
@@ -86,7 +87,7 @@ def draw_recipe(recipe: Recipe, config: ModelConfig) -> "Figure":
 def _curve_of(recipe: Recipe, config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
     method = resolve(recipe, depth_of(config)).decoder
     assert method is not None
-    depths, shares = keep_curve(method, depth_of(config), config.most_tokens(config.most_tiles))
+    depths, shares = keep_curve(method, depth_of(config), most_tokens(config))
     if recipe.method == Iti.name:  # its decoder gets what its first stage kept
         shares = shares * recipe.reached.get("stage1_keep_rate", 1.0)
     return depths, shares

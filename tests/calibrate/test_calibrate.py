@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import itertools
 import json
 
 import numpy as np
@@ -156,7 +157,7 @@ def test_scores_are_those_of_generation(model, samples):
         Row(r.rows[0].pieces, [i], answer=a.token_ids)
         for i, (r, a) in enumerate(zip(requests, said, strict=True))
     ]
-    prompt = data.engine.lay_out(rows, batch.seen, data.lengths, batch=3, new_slots=0)
+    prompt = data.engine.lay_out(rows, batch.seen, data.room, batch=3, new_slots=0)
     answers = np.full((3, longest), -1, np.int32)
     for i, answer in enumerate(said):
         answers[i, : len(answer.token_ids)] = answer.token_ids
@@ -165,6 +166,33 @@ def test_scores_are_those_of_generation(model, samples):
     method = jaxprune.GSearch(keep_rates=(1, 0.5, 0.5, 0.25))
     assert score(data, method) == 1.0
     assert score(data, method, "logprob") < 0
+
+
+def test_scores_under_both_sides(model, samples):
+    """Of a pair too the answer that generation gives is the likeliest."""
+    vision, decoder = jaxprune.PruMerge(keep=9), jaxprune.GSearch(keep_rates=(1, 0.5, 0.5, 0.25))
+    some = samples[:3]
+    said = [
+        jaxprune.generate(
+            model, s.image, s.question, method=(vision, decoder), max_new_tokens=1,
+        )
+        for s in some
+    ]  # fmt: skip
+    data = encode_samples(
+        model,
+        [dataclasses.replace(s, answer=a or "x") for s, a in zip(some, said, strict=True)],
+        method=(vision, decoder),
+    )
+    assert data.visual_tokens.tolist() == [10] * 3
+    both, first = (score(data, m, "logprob") for m in ((vision, decoder), vision))
+    assert both != first == score(data, metric="logprob")
+    whole = encode_samples(model, some)
+    with pytest.raises(jaxprune.UserError, match="not encoded; pass the method to encode_samples"):
+        score(whole, (vision, decoder))
+    with pytest.raises(jaxprune.UserError, match="without answers"):
+        score(encode_samples(model, some, with_answers=False))
+    with pytest.raises(jaxprune.UserError, match="Sample 1 is a tuple"):
+        calibrate(model, [(some[0].image, "a", "b")], method="fitprune", save=0.3)
 
 
 @pytest.mark.parametrize(
@@ -197,19 +225,23 @@ def test_recipes_work_and_repeat(model, samples, settings, tmp_path, compilation
         assert recipe.reached["score"] >= recipe.reached["unpruned_score"] - 0.05
 
 
-def test_an_interrupted_search_goes_on(model, samples, tmp_path, monkeypatch):
-    settings = {"method": "gsearch", "metric": "logprob", "tolerance": 0.05, "batch_size": 4}
-    path = tmp_path / "progress.json"
-    evaluated = []
-    real = package.score
+def interrupt_after(number, monkeypatch):
+    """Ctrl-C comes when so many evaluations are done."""
+    real, evaluated = package.score, itertools.count()
 
     def interrupted(*args):
-        if len(evaluated) == 3:
+        if next(evaluated) == number:
             raise KeyboardInterrupt
-        evaluated.append(args)
         return real(*args)
 
     monkeypatch.setattr(package, "score", interrupted)
+
+
+def test_an_interrupted_search_goes_on(model, samples, tmp_path, monkeypatch):
+    settings = {"method": "gsearch", "metric": "logprob", "tolerance": 0.05, "batch_size": 4}
+    path = tmp_path / "progress.json"
+    real = package.score
+    interrupt_after(3, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         calibrate(model, samples, progress_file=path, **settings)
     assert len(json.loads(path.read_text())["values"]) == 3
@@ -275,13 +307,8 @@ def test_data_files(model, tmp_path):
 def test_progress_of_other_answers_is_refused(model, samples, tmp_path, monkeypatch):
     progress = tmp_path / "p.json"
     settings = {"method": "gsearch", "metric": "logprob", "progress_file": progress}
-
-    def interrupt(*_, **__):
-        raise KeyboardInterrupt
-
-    search = importlib.import_module("jaxprune.calibrate.search")
     with monkeypatch.context() as patch:
-        patch.setattr(search, "mean_rate", interrupt)
+        interrupt_after(1, patch)
         with pytest.raises(KeyboardInterrupt):
             calibrate(model, samples, **settings)
     assert progress.exists()

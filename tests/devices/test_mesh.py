@@ -85,6 +85,7 @@ print("equal")
 LAID_BY_HAND = """
 import jax
 import jaxprune
+from jaxprune.calibrate import encode_samples, scene_samples, score
 from jax.sharding import NamedSharding, PartitionSpec
 
 params = jaxprune.load()
@@ -95,6 +96,10 @@ expected = ask(params)
 mesh = jax.make_mesh((2,), ("data",))
 assert ask(jax.device_put(params, NamedSharding(mesh, PartitionSpec()))) == expected
 assert ask(jax.device_put(params, jax.devices()[1])) == expected
+data, spread = (encode_samples(p, scene_samples(3), show_progress=False) for p in (
+    params, jax.device_put(params, NamedSharding(mesh, PartitionSpec()))))
+one, two = (score(d, "vtw", "logprob") for d in (data, spread))
+assert abs(one - two) < 1e-4, (one, two)
 try:
     ask(jax.device_put(params, NamedSharding(jax.make_mesh((2,), ("rows",)), PartitionSpec())))
 except jaxprune.UserError as error:

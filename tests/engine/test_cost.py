@@ -10,8 +10,8 @@ import pytest
 import jaxprune
 from jaxprune.engine.answer import answers_of
 from jaxprune.engine.cost import estimate, executed, prompt_cost
-from jaxprune.engine.lengths import gather_schedule
-from jaxprune.engine.shapes import Lengths
+from jaxprune.engine.schedules import gather_schedule
+from jaxprune.engine.shapes import RowRoom
 from jaxprune.methods import Depth, Plan, resolve
 from jaxprune.methods.recipes import published
 from jaxprune.model import read_config
@@ -89,7 +89,7 @@ def test_close_to_the_compilers_count(name, shared, monkeypatch):
     decoder = LlamaDecoder(text)
     schedule, counts = NO_CUTS, None
     if plan.decoder:
-        room = Lengths(T, N)
+        room = RowRoom(T, N)
         schedule = gather_schedule(plan.decoder, depth_of(config), room, distinct=None)
         counts = jax.ShapeDtypeStruct((32, 1), jnp.int32)
 
@@ -142,8 +142,8 @@ def test_rounded_lengths_hold_every_row():
     for method in METHODS.values():
         if method is None:
             continue
-        exact = gather_schedule(method, depth, Lengths(64, 576), distinct=None)
-        rounded = gather_schedule(method, depth, Lengths(64, 576), distinct=8)
+        exact = gather_schedule(method, depth, RowRoom(64, 576), distinct=None)
+        rounded = gather_schedule(method, depth, RowRoom(64, 576), distinct=8)
         assert len(set(rounded.lengths)) <= 8
         assert all(a >= b for a, b in zip(rounded.lengths, exact.lengths, strict=True))
         cost = [executed(config, 640, s, new_slots=64)["macs"] for s in (exact, rounded)]
@@ -182,6 +182,7 @@ def test_an_estimate_is_the_plans_cost():
         ("none", {"visual_tokens": True}, "visual_tokens is True"),
         ("none", {"text_tokens": 1.5}, "text_tokens is 1.5"),
         ("uniform", {"keep": 4, "visual_tokens": 4}, "leave out visual_tokens"),
+        (jaxprune.PruMerge(keep=4), {"visual_tokens": 4}, "leaves 5 visual tokens of every image"),
         ("prumerge", {"visual_tokens": 577}, "577, but an image has 576 before pruning"),
         ("none", {"image_size": "672x672"}, "expected width and height in pixels"),
         ("none", {"image_size": (0, 672)}, "expected width and height in pixels"),
@@ -191,6 +192,11 @@ def test_an_estimate_is_the_plans_cost():
 def test_estimates_are_refused(method, options, message):
     with pytest.raises(jaxprune.UserError, match=message):
         estimate(LlavaConfig(), method, **options)
+
+
+def test_an_estimate_is_of_a_config():
+    with pytest.raises(jaxprune.UserError, match="config is a str; expected one of: LlavaConfig"):
+        estimate("llava-1.5-7b")
 
 
 def test_a_tiled_image_bounds_its_visual_tokens():

@@ -9,9 +9,9 @@ import pytest
 
 import jaxprune
 from jaxprune.engine import stages
-from jaxprune.engine.lengths import candidates_left, gather_schedule
 from jaxprune.engine.sampling import Ask, make_sampling
-from jaxprune.engine.shapes import Lengths
+from jaxprune.engine.schedules import candidates_left, gather_schedule, mask_schedule
+from jaxprune.engine.shapes import RowRoom
 from jaxprune.inputs.layout import ImageRoom, lay_out
 from jaxprune.inputs.request import Row
 from jaxprune.models.registry import depth_of, family_of
@@ -67,7 +67,7 @@ def test_every_stage_lowers(name, tiled, dtype):
     decoder, schedule, left = DECODER[name], NO_CUTS, None
     if decoder is not None:
         depth = depth_of(config)
-        schedule = gather_schedule(decoder, depth, Lengths(text, K), distinct=8)
+        schedule = gather_schedule(decoder, depth, RowRoom(text, K), distinct=8)
         left = candidates_left(decoder, depth, layout)
     sampling = make_sampling([Ask(temperature=1.0)], batch=1, vocab_size=9)
     eos = np.array([2], np.int32)
@@ -75,5 +75,15 @@ def test_every_stage_lowers(name, tiled, dtype):
         stages.prefill, params, tokens, left, layout.next_position, np.int32(1), sampling, eos,
         config=config, schedule=schedule, new_slots=16, greedy=False,
     )  # fmt: skip
+    questions = np.full((1, 8), -1, np.int32)
+    lowered(stages.embed_questions, params, questions, config=config)
+    if decoder is not None:
+        masked = mask_schedule(decoder, depth, RowRoom(text, K))
+        layout = layout.embedded
+        lowered(stages.record, params, layout, selection, left, config=config, schedule=masked)
+        lowered(
+            stages.score, params, layout, selection, left, questions, config=config,
+            schedule=masked,
+        )  # fmt: skip
     until = np.full(1, 4, np.int32)
     lowered(stages.decode, params, state, until, sampling, eos, config=config, greedy=False)

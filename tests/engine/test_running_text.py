@@ -3,8 +3,13 @@
 import types
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from jaxprune.engine.running_text import RunningText
+from tests.builders import llama_tokenizer
 
 STOPS = ("b!", "ab?")
 
@@ -19,6 +24,9 @@ class Spelled:
         assert skip_special_tokens
         self.decoded.append(len(ids))
         return "".join(self.texts[i] for i in ids)
+
+    def convert_ids_to_tokens(self, token_id):
+        return self.texts[token_id]
 
 
 def spelled(*texts, stop=()):
@@ -38,6 +46,47 @@ def test_pieces_join_to_the_whole(small_model, size):
     whole = small_model.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
     assert "".join(pieces) == text.text == whole
     assert len([piece for piece in pieces if piece]) > 1
+
+
+def byte_level():
+    """A tokenizer of GPT-2's making, one token a byte, and "é" in two."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+TOKENIZERS = {
+    name: PreTrainedTokenizerFast(tokenizer_object=made)
+    for name, made in (("bytes as tokens", llama_tokenizer()), ("byte level", byte_level()))
+}
+E_ACUTE = {"bytes as tokens": [198, 172], "byte level": [127, 102]}  # é
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.integers(3, 255), max_size=12), st.integers(1, 5), st.sampled_from(["", "Wh"]))
+@example([198, 172, 198, 40], 1, "")  # a character and bytes that are none
+@example([243, 162, 155, 131], 3, "")  # 4 bytes
+def test_any_bytes_read_as_they_would_all_at_once(name, ids, size, before):
+    tokenizer = TOKENIZERS[name]
+    ids = tokenizer(before, add_special_tokens=False)["input_ids"] + ids
+    text = RunningText(types.SimpleNamespace(tokenizer=tokenizer), ())
+    for begin in range(0, len(ids), size):
+        text.add(ids[begin : begin + size], last=begin + size >= len(ids))
+    assert text.text == tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_character_in_two_chunks(name):
+    tokenizer, (first, second) = TOKENIZERS[name], E_ACUTE[name]
+    assert tokenizer.decode([first, second]) == "é"
+    text = RunningText(types.SimpleNamespace(tokenizer=tokenizer), ("é!",))
+    word = tokenizer("What", add_special_tokens=False)["input_ids"]
+    text.add([*word, first], last=False)
+    assert text.take() == "What"
+    text.add([second], last=True)
+    assert text.take() == "é"
 
 
 def test_the_longest_possible_stop_string_is_held_back():

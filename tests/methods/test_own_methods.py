@@ -12,7 +12,7 @@ import jaxprune
 from jaxprune.engine.answer import answers_of
 from jaxprune.engine.cost import estimate
 from jaxprune.methods import Merged
-from jaxprune.ops.cuts import AFTER_ATTENTION, Score, keep_masked
+from jaxprune.ops.cuts import AFTER_ATTENTION, Score
 from jaxprune.ops.tiles import ExtraTokens
 from tests.builders import start
 from tests.cases import picture
@@ -52,8 +52,6 @@ class Asked(jaxprune.VisionMethod):
 class Framed(Loudest):
     """One token more in front of the image, two after it: sums of what is gone."""
 
-    merges: ClassVar = True
-
     @property
     def extra_tokens(self):
         return ExtraTokens(front=1, after=2)
@@ -89,7 +87,16 @@ class EverySecond(MostMoved):
 
     def keep(self, view, candidates, count):
         assert view.received.shape[0] == 1 and view.k_plain.shape == view.k.shape
-        return keep_masked(view.tokens.slot % 2 == 0, candidates, count)
+        return view.tokens.slot % 2 == 0  # of candidates or not, and how many: not its business
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Holey(MostMoved):
+    """Scores of which half are the least that there can be, or none."""
+
+    def rank(self, view):
+        least = jnp.where(view.tokens.slot % 4 == 0, jnp.nan, -jnp.inf)
+        return jnp.where(view.tokens.slot % 2 == 0, least, super().rank(view))
 
 
 METHODS = {
@@ -100,6 +107,7 @@ METHODS = {
     "hidden states": MostMoved(),
     "hidden states, renumbered": MostMoved(positions="renumber"),
     "mask": EverySecond(),
+    "scores that are none": Holey(),
     "pair": (Loudest(), MostMoved()),
     "pair with a named one": ("prumerge", MostMoved()),
 }
@@ -117,15 +125,17 @@ def test_a_row_is_the_same_alone_in_a_batch_and_masked(name, tiny_model):
 
 @pytest.mark.parametrize("name", ["features", "question", "hidden states", "pair"])
 def test_nothing_compiles_after_a_warm_up(name, tiny_model):
+    text = (32, 64) if name == "question" else (64,)
     buckets = jaxprune.Buckets(
-        batch=(2,), images=(2,), row_images=(1,), text=(64,), visual=(8, 16), new_tokens=(8,)
+        batch=(2,), images=(2,), row_images=(1,), text=text, visual=(8, 16), new_tokens=(8,)
     )
     jaxprune.warmup(tiny_model, method=METHODS[name], buckets=buckets)
     with jaxprune.no_compilation():
-        jaxprune.generate(
-            tiny_model, [picture(0)] * 2, ["What?", "Where?"], method=METHODS[name],
-            max_new_tokens=3, buckets=buckets,
-        )  # fmt: skip
+        for second in ("Where?", "Where is it, and what is it, and why, of all places, there?"):
+            jaxprune.generate(
+                tiny_model, [picture(0)] * 2, ["What?", second], method=METHODS[name],
+                max_new_tokens=3, buckets=buckets,
+            )  # fmt: skip
 
 
 def test_who_keeps_some_tokens_says_which(tiny_model):
@@ -202,17 +212,103 @@ class TooShort(MostMoved):
         return (1.0,)
 
 
+class Unscored(MostMoved):
+    def rank(self, view):
+        return view.received[0]
+
+
+class TooEarly(MostMoved):
+    cut: ClassVar = AFTER_ATTENTION
+
+
+class FromTheStart(MostMoved):
+    def rates(self, depth):
+        return (0.5, 0.5, 0.5)
+
+
+class Coming(jaxprune.DecoderMethod):
+    score = Score(queries=("text",))
+
+    def removed(self, num_tokens, depth):
+        return [3, 2, 1]
+
+
+class Undeclared(Loudest):
+    signals: ClassVar = frozenset()
+
+
+def cuts_elsewhere():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Elsewhere(MostMoved):
+        cut: ClassVar = "after-attention"
+
+    return Elsewhere()
+
+
+def adds_what_it_does_not_make():
+    class Adds(Loudest):
+        extra_tokens = ExtraTokens(after=1)
+
+    return Adds()
+
+
 @pytest.mark.parametrize(
     "method, message",
     [
         (Loudest, "method is the class Loudest; pass an instance"),
         ((Loudest(), Asked()), "are vision-side, Loudest and Asked"),
         (TooShort(), "keep rates for 1 layers, but the decoder has 3"),
+        (Unscored(), "this one has no score; give it one"),
+        (TooEarly(), "read view.tokens.x, or cut"),
+        (
+            FromTheStart(),
+            r"of FromTheStart are \(0.5, 0.5, 0.5\); expected one a layer from 1 down",
+        ),
+        (MostMoved(keep_rate=25), "expected one a layer from 1 down"),
+        (Coming(), r"Coming.removed gives \[3, 2, 1\] of 64 visual tokens; expected"),
+        (Undeclared(), "reads Signal.*'features'.*, which its `signals` do not name"),
     ],
 )
 def test_mistakes(method, message, tiny_model):
     with pytest.raises(jaxprune.UserError, match=message):
         jaxprune.generate(tiny_model, picture(0), "What?", method=method)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (cuts_elsewhere, "Elsewhere.cut is 'after-attention'; expected one of"),
+        (adds_what_it_does_not_make, "Adds has extra_tokens, but no merge_tokens"),
+        (lambda: Score(queries=("question",)), "queries is 'question'; expected one of"),
+        (lambda: Score(queries=()), "expected a tuple of names"),
+        (lambda: Score(queries=("text",), heads="sum"), "heads is 'sum'; expected one of"),
+    ],
+)
+def test_mistakes_of_a_class(make, message):
+    with pytest.raises(jaxprune.UserError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("name", ["prumerge", "prumerge_plus"])
+def test_room_for_more_tiles_changes_nothing(name, tiny_model):
+    buckets = jaxprune.Buckets(image_tiles=(5,))
+    found = [
+        answers_of(start(tiny_model, picture(0), "What?", method=name, **more))[0].kept_indices[0]
+        for more in ({}, {"buckets": buckets})
+    ]
+    assert found[0].tolist() == found[1].tolist() != sorted(found[0].tolist())
+
+
+def test_there_is_one_of_features_whatever_the_layer(tiny_model):
+    class Counted(Loudest):
+        signals: ClassVar = frozenset({jaxprune.Signal("projected", layer=1)})
+
+        def choose(self, patches):
+            (projected,) = patches.signals.values()
+            assert projected.shape[-1] == tiny_model.config.text_config.hidden_size
+            return patches.best(projected[..., 0], self.keep)
+
+    jaxprune.generate(tiny_model, picture(0), "What?", method=Counted(), max_new_tokens=1)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxprune
-from jaxprune.methods.prumerge import CLS_ATTENTION, KEYS
+from jaxprune.methods.prumerge import KEYS
+from jaxprune.ops.visual import CLS_ATTENTION
 from tests.methods import builders, reference
 
 KEPT = {

@@ -12,11 +12,12 @@ import pytest
 import jaxprune
 from jaxprune.calibrate import Sample
 from jaxprune.methods import resolve
-from jaxprune.methods.prumerge import CLS_ATTENTION, KEYS
+from jaxprune.methods.prumerge import KEYS
 from jaxprune.models.llava_next import LlavaNextConfig
 from jaxprune.models.llava_next.config import anyres, best_resolution
 from jaxprune.models.registry import depth_of
 from jaxprune.ops.tiles import NEWLINE, VisualSize, one_tile
+from jaxprune.ops.visual import CLS_ATTENTION
 from jaxprune.reports.kept_patches import kept_over_depth
 from tests import builders, cases
 from tests.builders import start
@@ -290,6 +291,18 @@ def test_tokens_over_the_context_are_refused(model):
     images = [[picture(i, (64, 64)) for i in range(4)]]
     with pytest.raises(jaxprune.UserError, match="context"):
         jaxprune.generate(model, images, ["<image><image><image><image> What?"])
+
+
+def test_positions_of_a_whole_image_count_against_the_context(model):
+    """The context is 256; the image has 88 tokens, of which 4 are left."""
+    options = {"method": "uniform", "keep": 4, "max_new_tokens": 200}
+    image, words = picture(0, (64, 64)), "a " * 60
+    plain = start(model, image, words, **options)
+    kept = start(model, image, words, positions="original", **options)
+    assert plain.limits[0] - kept.limits[0] == 88 - 8  # 4 patches and their newlines
+    assert kept.limits[0] + kept.prompt.layout.next_position[0] == 256
+    with pytest.raises(jaxprune.UserError, match=r"takes 2\d\d places with its images, but"):
+        start(model, image, "a " * 100, positions="original", **options)
 
 
 def test_the_full_strategy_is_refused():

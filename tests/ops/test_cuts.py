@@ -129,8 +129,8 @@ class Noted(Schedule):
     """A schedule that notes down by what its layers ranked, too: float32 `[B, S]`."""
 
     def record(self, tokens, view):
-        received = view.received
-        score = jnp.zeros_like(view.tokens.valid, float) if received is None else received.prod(0)
+        unscored = self.ranker.score is None
+        score = jnp.zeros(view.tokens.valid.shape) if unscored else view.received.prod(0)
         return *super().record(tokens, view), view.tokens.slot, score
 
 

@@ -4,11 +4,13 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from jaxprune.errors import UserError
 from jaxprune.models.activations import ACTIVATIONS
 from jaxprune.models.config import refuse_unknown, require, require_types
 from jaxprune.ops.attention import limits, scratch_bytes
-from jaxprune.ops.visual import KINDS, Signal
+from jaxprune.ops.visual import Signal
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,10 +117,9 @@ class ClipTower:
         """Raise `UserError` unless the tower can give these signals."""
         layers = self.config.num_hidden_layers
         for signal in signals:
-            if signal.kind not in KINDS or not -layers <= signal.layer < layers:
+            if not -layers <= signal.layer < layers:
                 raise UserError(
-                    f"The method asks for {signal}, but the CLIP tower has {layers} layers and the "
-                    f"signals: {', '.join(KINDS)}."
+                    f"The method asks for {signal}, but the CLIP tower has {layers} layers."
                 )
 
     def macs(self, tiles: int) -> int:
@@ -132,7 +133,7 @@ class ClipTower:
     def bytes(self, tiles: int) -> tuple[int, int]:
         """About what encoding tiles takes beside the weights: what stays, and a layer at work."""
         c = self.config
-        slots, item = 1 + c.num_patches, 4 if c.dtype == "float32" else 2
+        slots, item = 1 + c.num_patches, np.dtype(c.dtype).itemsize
         pixels = 4 * 3 * c.image_size**2
         features = slots * c.hidden_size * (len(self.feature_layers) + 1) * item  # and keys
         # The residual, its norm and the heads' inputs and output; or the MLP's inner layer.

@@ -120,7 +120,7 @@ class LlamaLayer(nn.Module):
             heads, received = attention(q, k, v, mask), None
         else:
             heads, received = causal_attention(q, k, v, tokens.valid, watch)
-        view = LayerView(tokens, received, tokens.x, None, q, k, plain_q, plain_k)
+        view = LayerView(tokens, tokens.x, q, k, plain_q, plain_k, watched=received)
         return join_heads(heads), v, view
 
     def attend_cached(
@@ -205,7 +205,7 @@ class LlamaDecoder(nn.Module):
             tokens, heads = schedule.apply(AFTER_ATTENTION, l, tokens, heads, view, counts)
             tokens = tokens._replace(x=layer.feed_forward(tokens.x, heads))
             if l in schedule.layers:
-                after = view._replace(after=tokens.x)
+                after = view._replace(output=tokens.x)
                 tokens, _ = schedule.apply(BETWEEN_LAYERS, l, tokens, (), after, counts)
                 records.append(schedule.record(tokens, after))
         return Prefilled(tokens, tuple(caches), tuple(records))

@@ -1,11 +1,13 @@
 """A decoder-side method on one batch: static lengths from buckets, exact counts from rows."""
 
 import functools
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from jaxprune.engine.shapes import Lengths, few_lengths
+from jaxprune.engine.shapes import RowRoom
 from jaxprune.inputs.layout import Layout
 from jaxprune.methods.base import DecoderMethod, removed_table
 from jaxprune.ops.cuts import QUESTION, Depth, Schedule
@@ -13,7 +15,7 @@ from jaxprune.ops.cuts import QUESTION, Depth, Schedule
 
 @functools.lru_cache(maxsize=256)
 def gather_schedule(
-    method: DecoderMethod, depth: Depth, room: Lengths, *, distinct: int | None
+    method: DecoderMethod, depth: Depth, room: RowRoom, *, distinct: int | None
 ) -> Schedule:
     """The schedule whose lengths hold whatever rows the room may hold.
 
@@ -36,7 +38,36 @@ def gather_schedule(
     )
 
 
-def mask_schedule(method: DecoderMethod, depth: Depth, room: Lengths) -> Schedule:
+def few_lengths(lengths: Sequence[int], distinct: int | None) -> tuple[int, ...]:
+    """Falling lengths rounded up to at most `distinct` different ones, at the least total.
+
+    Args:
+        lengths: what each layer needs, not increasing.
+        distinct: how many different ones may be left; None changes nothing.
+    """
+    if distinct is None or len(set(lengths)) <= distinct:
+        return tuple(lengths)
+    # Groups of neighbouring layers take their first one's length. best[g][l]: the least
+    # total of the layers from l on in g groups, and where the first of these ends.
+    L = len(lengths)
+    best = [[(math.inf, L)] * L + [(0.0, L)]]
+    for _ in range(distinct):
+        best.append(
+            [
+                min((lengths[l] * (e - l) + best[-1][e][0], e) for e in range(l + 1, L + 1))
+                for l in range(L)
+            ]
+            + [(0.0, L)]
+        )
+    rounded: list[int] = []
+    for groups in range(distinct, 0, -1):
+        if len(rounded) < L:
+            end = best[groups][len(rounded)][1]
+            rounded += [lengths[len(rounded)]] * (end - len(rounded))
+    return tuple(rounded)
+
+
+def mask_schedule(method: DecoderMethod, depth: Depth, room: RowRoom) -> Schedule:
     """The schedule that evaluates any counts in one program: every layer may cut."""
     return Schedule(
         layers=tuple(range(depth.num_hidden_layers)),
@@ -44,7 +75,7 @@ def mask_schedule(method: DecoderMethod, depth: Depth, room: Lengths) -> Schedul
     )
 
 
-def _kind_of(method: DecoderMethod, room: Lengths) -> dict[str, Any]:
+def _kind_of(method: DecoderMethod, room: RowRoom) -> dict[str, Any]:
     """What the two executions of a method have in common."""
     return {
         "cut": method.cut,
