@@ -19,7 +19,6 @@ from rich.console import Console
 
 from jaxprune.engine import stages
 from jaxprune.engine.cost import executed
-from jaxprune.engine.sampling import Ask, make_sampling
 from jaxprune.inputs.layout import ImageRoom, lay_out
 from jaxprune.inputs.request import Row
 from jaxprune.models.clip import ClipVisionConfig
@@ -79,7 +78,6 @@ def main() -> None:
     rows = [Row([[7] * (TEXT // 2)] * 2, [i]) for i in range(B)]
     room = ImageRoom(np.full(B, N), np.full(B, N), np.zeros(B, int), N)
     layout = lay_out(rows, room, batch=B, sequence=N + TEXT)
-    sampling = make_sampling([Ask()] * B, batch=B, vocab_size=32000)
 
     def encode() -> Any:
         return stages.encode(params, pixels, config=config, signals=frozenset())
@@ -92,8 +90,8 @@ def main() -> None:
 
     def prefill() -> Any:
         return stages.prefill(
-            params, tokens, None, layout.next_position, np.int32(B), sampling,
-            np.array([-1], np.int32), config=config, schedule=NO_CUTS, new_slots=NEW, greedy=True,
+            params, tokens, None, layout.next_position, np.int32(B), None,
+            np.array([-1], np.int32), config=config, schedule=NO_CUTS, new_slots=NEW,
         )  # fmt: skip
 
     print("| stage | ms | ideal, ms | of the ceiling |")

@@ -4,9 +4,11 @@ from jaxprune.calibrate import calibrate
 from jaxprune.devices.compilation import no_compilation
 from jaxprune.engine.answer import Answer
 from jaxprune.engine.buckets import Buckets
+from jaxprune.engine.forward import Batch, Forward, batch, forward
 from jaxprune.engine.warmup import WarmUp, warmup
 from jaxprune.errors import UserError
 from jaxprune.generate import generate, generate_many, stream
+from jaxprune.inputs.images import fetch_image
 from jaxprune.inputs.processor import Processor
 from jaxprune.methods import (
     METHODS,
@@ -37,10 +39,12 @@ __all__ = [
     "SMALL_MODEL",
     "VTW",
     "Answer",
+    "Batch",
     "Buckets",
     "DecoderMethod",
     "FastV",
     "FitPrune",
+    "Forward",
     "GSearch",
     "Iti",
     "KeepRates",
@@ -59,8 +63,11 @@ __all__ = [
     "VisionMethod",
     "WarmUp",
     "__version__",
+    "batch",
     "calibrate",
     "export",
+    "fetch_image",
+    "forward",
     "generate",
     "generate_many",
     "load",

@@ -6,6 +6,7 @@
 Each makes a `Session` of its arguments and drives it to its end.
 """
 
+import dataclasses
 import inspect
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from jaxprune.engine.buckets import DEFAULT_BUCKETS, Buckets
 from jaxprune.engine.engine import Clock, Engine
 from jaxprune.engine.sampling import Ask, one_seed
 from jaxprune.engine.session import begin
-from jaxprune.errors import UserError, check_whole, is_whole
+from jaxprune.errors import LARGEST, UserError, check_flag, check_whole, is_whole
 from jaxprune.inputs.processor import Processor
 from jaxprune.inputs.request import Request, make_request
 from jaxprune.methods.base import Plan
@@ -87,7 +88,15 @@ def generate(
     top_p: float | None = None,
     seed: int | Sequence[int] = 0,
     stop: str | Sequence[str] = (),
+    eos_token_id: int | Sequence[int] | None = None,
+    min_new_tokens: int | None = None,
+    repetition_penalty: float | None = None,
+    suppress_tokens: Sequence[int] | None = None,
+    num_return_sequences: int = 1,
+    logprobs: int | None = None,
+    return_logits: bool = False,
     chat: bool = True,
+    neutralise: bool = False,
     return_details: bool = False,
     config: ModelConfig | None = None,
     processor: Processor | None = None,
@@ -114,7 +123,18 @@ def generate(
         seed: of the draws; one for all rows, or one a row. Rows of equal seed and prompt
             draw the same. The method "random" takes it too, if it is one number.
         stop: strings that end an answer; they are not part of it.
+        eos_token_id: tokens that end an answer, instead of the model's own.
+        min_new_tokens: before these no token ends an answer.
+        repetition_penalty: above 1, makes tokens less likely that prompt or answer have already.
+        suppress_tokens: ids that are never generated. For these three None takes what the
+            model's generation_config.json says.
+        num_return_sequences: answers to each prompt, drawn with seeds of their own.
+        logprobs: note the log-probability of every token, and of so many likeliest ones at its
+            place, by the model's own logits; for `return_details`.
+        return_logits: note all logits; for `return_details`.
         chat: wrap prompts in the model's chat template; False takes them as they are.
+        neutralise: special tokens that prompts have, such as "</s>", are text: a space of no
+            width breaks them. Otherwise they are what the tokenizer makes of them.
         return_details: `Answer` objects instead of strings.
         config, processor: for bare params.
         buckets: the shapes that may be compiled.
@@ -122,23 +142,59 @@ def generate(
             `fractions=True` takes one that was made for another model.
 
     Returns:
-        A string (or `Answer`) for one prompt, a list of them for lists.
+        A string (or `Answer`) for one prompt, a list of them for lists; with several
+        `num_return_sequences` a list in the place of each.
 
     Raises:
         jaxprune.UserError: for a request that cannot be served; it says what to change.
     """
-    ask = Ask(
-        max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, stop=stop
-    )
-    model = complete(params, config, processor)
+    check_flag("return_details", return_details)
+    check_whole("num_return_sequences", num_return_sequences)
+    model = _ending_with(complete(params, config, processor), eos_token_id)
+    ask = _ask(
+        model, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
+        stop=stop, min_new_tokens=min_new_tokens, repetition_penalty=repetition_penalty,
+        suppress_tokens=suppress_tokens, logprobs=logprobs, logits=return_logits,
+    )  # fmt: skip
+    copies = num_return_sequences
+    if copies > 1 and ask.temperature == 0:
+        raise UserError(
+            f"num_return_sequences is {copies}, but at temperature 0 all answers are the same; "
+            "give a temperature."
+        )
+    if not ask.plain and not return_details and (ask.logits or ask.logprobs is not None):
+        raise UserError("logprobs and return_logits are in the Answer; pass return_details=True.")
     engine = Engine(model, plan_of(method, model.config, seed, method_options), buckets)
     clock = Clock(timed=return_details)
     with clock.stage("preprocess"):
-        request = make_request(engine.processor, image, prompt, chat=chat)
-    session = begin(engine, request, ask.of_rows(seed, len(request.rows)), clock)
+        request = make_request(engine.processor, image, prompt, chat=chat, neutralise=neutralise)
+    asks = [own for one in ask.of_rows(seed, len(request.rows)) for own in one.copies(copies)]
+    session = begin(engine, request.repeated(copies), asks, clock)
     session.finish()
     answers: list[Any] = answers_of(session) if return_details else texts_of(session)
+    if copies > 1:
+        answers = [answers[first : first + copies] for first in range(0, len(answers), copies)]
     return answers[0] if request.single else answers
+
+
+def _ask(model: Params, **fields: Any) -> Ask:
+    """What a row asks for: what is None goes by the model's own defaults, else by `Ask`'s."""
+    assert model.processor is not None
+    given = {name: value for name, value in fields.items() if value is not None}
+    return Ask(**{**model.processor.defaults, **given})
+
+
+def _ending_with(model: Params, eos_token_id: Any) -> Params:
+    """The model, whose answers these tokens end; None: its own."""
+    if eos_token_id is None or model.processor is None:
+        return model
+    ids = eos_token_id if isinstance(eos_token_id, list | tuple) else [eos_token_id]
+    if not all(is_whole(token) and 0 <= token <= LARGEST for token in ids):
+        raise UserError(
+            f"eos_token_id is {eos_token_id!r}; expected the id of a token, or several."
+        )
+    processor = dataclasses.replace(model.processor, eos_token_ids=tuple(ids))
+    return dataclasses.replace(model, processor=processor)
 
 
 def plan_of(method: Any, config: ModelConfig, seed: Any, options: dict[str, Any]) -> Plan:
@@ -166,7 +222,12 @@ def stream(
     top_p: float | None = None,
     seed: int | Sequence[int] = 0,
     stop: str | Sequence[str] = (),
+    eos_token_id: int | Sequence[int] | None = None,
+    min_new_tokens: int | None = None,
+    repetition_penalty: float | None = None,
+    suppress_tokens: Sequence[int] | None = None,
     chat: bool = True,
+    neutralise: bool = False,
     chunk_tokens: int = 1,
     config: ModelConfig | None = None,
     processor: Processor | None = None,
@@ -187,12 +248,14 @@ def stream(
             rest at the first piece.
     """
     check_whole("chunk_tokens", chunk_tokens)
-    ask = Ask(
-        max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, stop=stop
-    )
-    model = complete(params, config, processor)
+    model = _ending_with(complete(params, config, processor), eos_token_id)
+    ask = _ask(
+        model, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
+        stop=stop, min_new_tokens=min_new_tokens, repetition_penalty=repetition_penalty,
+        suppress_tokens=suppress_tokens,
+    )  # fmt: skip
     engine = Engine(model, plan_of(method, model.config, seed, method_options), buckets)
-    request = make_request(engine.processor, image, prompt, chat=chat)
+    request = make_request(engine.processor, image, prompt, chat=chat, neutralise=neutralise)
     return _pieces(engine, request, ask.of_rows(seed, len(request.rows)), chunk_tokens)
 
 
@@ -221,7 +284,13 @@ def generate_many(
     top_p: float | None = None,
     seed: int = 0,
     stop: str | Sequence[str] = (),
+    eos_token_id: int | Sequence[int] | None = None,
+    min_new_tokens: int | None = None,
+    repetition_penalty: float | None = None,
+    suppress_tokens: Sequence[int] | None = None,
+    logprobs: int | None = None,
     chat: bool = True,
+    neutralise: bool = False,
     batch_size: int = 8,
     return_details: bool = False,
     return_errors: bool = False,
@@ -240,11 +309,12 @@ def generate_many(
     Args:
         params, config, processor, buckets: as for `generate`.
         requests: pairs (image, prompt), or dicts with "prompt", "image" and any of
-            "max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop" and "chat", which
-            then go before the arguments of that name. An image is None, one, or a list for a
-            prompt with several.
+            "max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop", "min_new_tokens",
+            "repetition_penalty" and "chat", which then go before the arguments of that name. An
+            image is None, one, or a list for a prompt with several.
         method, method_options: as for `generate`, the same for all.
-        max_new_tokens, temperature, top_k, top_p, seed, stop, chat: as for `generate`.
+        max_new_tokens, temperature, top_k, top_p, seed, stop, eos_token_id, min_new_tokens,
+            repetition_penalty, suppress_tokens, logprobs, chat, neutralise: as for `generate`.
         batch_size: prompts that run together, at most.
         return_details: `Answer` objects instead of strings.
         return_errors: give the `UserError` of a request that cannot be served in its place
@@ -264,12 +334,15 @@ def generate_many(
         raise UserError(
             f"requests is a {type(requests).__name__}; expected pairs (image, prompt) or dicts."
         )
-    ask = Ask(
-        max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
-        seed=one_seed(seed), stop=stop,
+    model = _ending_with(complete(params, config, processor), eos_token_id)
+    ask = _ask(
+        model, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
+        seed=one_seed(seed), stop=stop, min_new_tokens=min_new_tokens,
+        repetition_penalty=repetition_penalty, suppress_tokens=suppress_tokens, logprobs=logprobs,
     )  # fmt: skip
-    model = complete(params, config, processor)
     engine = Engine(model, plan_of(method, model.config, seed, method_options), buckets)
     buckets.fit("batch", batch_size)
-    queue = Queue(engine, ask, chat=chat, batch_size=batch_size, details=return_details)
+    queue = Queue(
+        engine, ask, chat=chat, neutralise=neutralise, batch_size=batch_size, details=return_details
+    )
     return queue.answers(requests, return_errors=return_errors, show_progress=show_progress)

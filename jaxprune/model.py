@@ -10,17 +10,19 @@ from flax.traverse_util import flatten_dict
 
 from jaxprune import checkpoints_convert
 from jaxprune.checkpoints_convert.llava_original import is_original
-from jaxprune.checkpoints_convert.load import DTYPES, existing_directory
+from jaxprune.checkpoints_convert.load import DTYPES
 from jaxprune.checkpoints_convert.load import read_config as config_of_directory
 from jaxprune.checkpoints_convert.plan import flat_shapes
+from jaxprune.checkpoints_convert.recognise import existing_directory, explained
 from jaxprune.devices.mesh import with_auto_axes
-from jaxprune.errors import UserError, check_choice
+from jaxprune.devices.process import check_here
+from jaxprune.errors import UserError, check_choice, check_flag
 from jaxprune.files import read_json
-from jaxprune.inputs.processor import Processor, load_processor
+from jaxprune.inputs.processor import SHIPPED, Processor, load_processor
 from jaxprune.models.family import ModelConfig
 from jaxprune.models.registry import PRESETS, family_of
 
-SMALL_MODEL = pathlib.Path(__file__).parent / "assets" / "small_llava"
+SMALL_MODEL = SHIPPED
 """The model that ships: it answers questions about drawn scenes."""
 
 DEMO_IMAGE = pathlib.Path(__file__).parent / "assets" / "demo.png"
@@ -61,6 +63,7 @@ def load(
     dtype: str = "auto",
     mesh: jax.sharding.Mesh | None = None,
     vision_tower: Any = None,
+    download: bool = False,
     show_progress: bool | None = None,
 ) -> Params:
     """Load a LLaVA from a Hugging Face directory as it is; without one, the small model that ships.
@@ -69,23 +72,28 @@ def load(
     `dtype`. PyTorch is needed for `.bin` files alone.
 
     Args:
-        directory: the model's directory.
+        directory: the model's directory, a folder of the Hub's cache, or the name of a repository
+            that is in it.
         dtype: "float32", "bfloat16", "float16", or "auto": float32 on CPU; on an
             accelerator bfloat16 for 16-bit weights, else float32.
         mesh: a device mesh to lay the weights over; see docs/devices.md.
         vision_tower: the CLIP tower's directory, for checkpoints in LLaVA's original
             format, which do not hold it.
+        download: fetch a repository that is not in the Hub's cache.
         show_progress: a bar on stderr; None shows it in a terminal.
 
     Raises:
         jaxprune.UserError: for anything wrong with the directory.
     """
-    path = existing_directory(SMALL_MODEL if directory is None else directory)
+    check_flag("download", download)
+    check_here((), "load")
+    path = existing_directory(SMALL_MODEL if directory is None else directory, download=download)
     arrays, config = checkpoints_convert.load_checkpoint(
         path, dtype=dtype, mesh=mesh, vision_tower=vision_tower, show_progress=show_progress
     )
     original = config if is_original(read_json(path / "config.json")) else None
-    return Params(arrays, config, load_processor(path, family_of(config), original=original))
+    with explained(path):
+        return Params(arrays, config, load_processor(path, family_of(config), original=original))
 
 
 def read_config(model: str | pathlib.Path | None = None, dtype: str = "bfloat16") -> ModelConfig:
@@ -106,12 +114,11 @@ def read_config(model: str | pathlib.Path | None = None, dtype: str = "bfloat16"
         return PRESETS[model](dtype=dtype)
     try:
         directory = existing_directory(model)
-    except UserError:
+    except UserError as error:
         known = ", ".join(PRESETS)
-        raise UserError(
-            f"{str(model)!r} is neither a model's directory nor a preset; presets: {known}."
-        ) from None
-    return config_of_directory(directory, dtype=dtype)
+        raise UserError(f"{error} It is no preset either; those are: {known}.") from None
+    with explained(directory):
+        return config_of_directory(directory, dtype=dtype)
 
 
 def export(params: Params, directory: Any, *, show_progress: bool | None = None) -> None:
@@ -154,7 +161,10 @@ def complete(
     Raises:
         UserError: for what is no model, or arrays that do not fit the config.
     """
+    check_here(params, "This")
     if isinstance(params, Params):
+        if config is not None:
+            family_of(config)  # refuses what is no config
         config = params.config if config is None else config
         processor = params.processor if processor is None else processor
         params = params.arrays

@@ -89,6 +89,22 @@ def write_directory(directory, config, seed=0):
     return params
 
 
+def edit(directory, name, **fields):
+    """Set fields of a JSON file, by names with "__" between levels; ... takes one away."""
+    path = directory / name
+    content = json.loads(path.read_text()) if path.exists() else {}
+    for joined, value in fields.items():
+        *parents, last = joined.split("__")
+        place = content
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        if value is ...:
+            place.pop(last, None)
+        else:
+            place[last] = value
+    path.write_text(json.dumps(content))
+
+
 def set_image_size(directory, size):
     path = directory / "preprocessor_config.json"
     text = path.read_text().replace("96", str(size))

@@ -1,9 +1,13 @@
 """What many tests share: pictures, and every method with options for the tiny models."""
 
+from typing import Any
+
 import numpy as np
 from PIL import Image
 
-METHODS = {
+import jaxprune
+
+METHODS: dict[str, dict[str, Any]] = {
     "none": {},
     "prumerge": {},
     "prumerge_plus": {},
@@ -27,6 +31,13 @@ METHODS = {
     "pair": {"method": ("prumerge_plus", "fastv"), "keep": 9, "keep_rate": 0.3},
     "adaptive pair": {"method": ("prumerge", "gsearch"), "keep_rates": (1.0, 0.5, 0.5)},
 }
+
+
+FEW = jaxprune.Buckets(
+    batch=(1, 8), images=(1, 8), image_tiles=(5,), row_images=(1, 4), visual=(96, 512),
+    text=(64, 256), new_tokens=(16, 128),
+)  # fmt: skip
+"""Few sizes, so that tests of the same models share programs."""
 
 
 def options_of(name, methods=METHODS):

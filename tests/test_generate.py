@@ -9,7 +9,7 @@ from jaxprune.inputs.prompts import as_messages, render
 from jaxprune.models.registry import family_of
 from tests import builders
 from tests.builders import start
-from tests.cases import METHODS, options_of, picture
+from tests.cases import FEW, METHODS, options_of, picture
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def five():
 @pytest.mark.parametrize("name", METHODS)
 def test_a_row_is_the_same_alone_in_a_batch_and_in_another_order(name, tiny_model, five):
     images, prompts = five
-    options = options_of(name)
+    options = {"buckets": FEW, **options_of(name)}
     batch = start(tiny_model, images, prompts, **options)
     order = [3, 0, 4, 2, 1]
     mixed = start(tiny_model, [images[i] for i in order], [prompts[i] for i in order], **options)
@@ -49,7 +49,7 @@ def test_keeping_everything_is_no_pruning(name, tiny_model):
 @pytest.mark.parametrize("name", METHODS)
 def test_decoding_continues_what_prefill_would_give(name, tiny_model):
     """The logits behind n generated tokens equal those of a prompt that holds them."""
-    options = options_of(name)
+    options = {"buckets": FEW, **options_of(name)}
     run = start(tiny_model, picture(2), "What is it?", max_new_tokens=6, **options)
     run.advance(5)
     ids = run.tokens[0, : run.lengths[0]].tolist()
@@ -136,7 +136,7 @@ def test_conversations_and_placeholders(tiny_model):
     raw = "USER: <image>\nWhat? ASSISTANT:"
     assert jaxprune.generate(tiny_model, image, raw, chat=False, max_new_tokens=6) == plain
     turns = [*turn, {"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]
-    text = render(tiny_model.processor, as_messages(turns, 1))
+    text = render(tiny_model.processor, as_messages(turns, [None])[0])
     raw = jaxprune.generate(tiny_model, image, text, chat=False, max_new_tokens=6)
     assert jaxprune.generate(tiny_model, image, turns, max_new_tokens=6) == raw
     batch = jaxprune.generate(tiny_model, [image, None], [turns, turn], max_new_tokens=6)

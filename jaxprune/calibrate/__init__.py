@@ -76,7 +76,7 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.method not in CALIBRATED:
+        if not isinstance(self.method, str) or self.method not in CALIBRATED:
             raise UserError(
                 f"method is {self.method!r}; what can be calibrated: {', '.join(CALIBRATED)}."
             )
@@ -91,7 +91,7 @@ class Settings:
                 raise UserError(f"{self.method} has no {name} to calibrate.")
         check_choice("metric", self.metric, METRICS)
         check_choice("search", self.search, SEARCHES)
-        if self.tolerance is not None and not self.tolerance >= 0:
+        if self.tolerance is not None and not (is_number(self.tolerance) and self.tolerance >= 0):
             raise UserError(f"tolerance is {self.tolerance!r}; expected 0 or more.")
         check_queries(self.queries)
         check_share("stage2", self.stage2, zero=True)

@@ -16,7 +16,7 @@ from jaxprune.engine.buckets import DEFAULT_BUCKETS
 from jaxprune.engine.engine import Clock, Engine, Prompt, Seen
 from jaxprune.engine.schedules import candidates_left, mask_schedule
 from jaxprune.engine.shapes import ImageShape, RowRoom
-from jaxprune.errors import UserError, check_choice
+from jaxprune.errors import UserError, check_choice, check_whole
 from jaxprune.inputs.layout import text_length
 from jaxprune.inputs.pixels import pixel_values, size_of
 from jaxprune.inputs.request import Request, Row, make_request
@@ -107,6 +107,9 @@ def encode_samples(
     Raises:
         UserError: for broken images, or prompts over the model's context.
     """
+    if not isinstance(samples, Sequence) or isinstance(samples, str | bytes):
+        raise UserError(f"samples is a {type(samples).__name__}; expected a list of Sample.")
+    check_whole("batch_size", batch_size)
     if not samples:
         raise UserError("There are no samples; give at least one.")
     plan = resolve(method, depth_of(params.config))
@@ -141,14 +144,17 @@ def _request(engine: Engine, i: int, sample: Sample, with_answers: bool) -> Requ
             f"Sample {i + 1} has no answer, but the score needs one; give answers, or fit "
             "a method that goes by attention alone (fitprune, iti)."
         )
-    said = sample.answer if with_answers else None
+    said = [sample.answer] if with_answers else None
     try:
-        return make_request(engine.processor, sample.image, sample.question, chat=True, answer=said)
+        return make_request(
+            engine.processor, sample.image, sample.question, chat=True, answers=said
+        )
     except UserError as error:
         raise UserError(f"Sample {i + 1}: {error}") from None
 
 
 def _check_context(engine: Engine, requests: Sequence[Request], tilings: Sequence[Tiling]) -> None:
+    engine.check_ids([row for request in requests for row in request.rows])
     context = engine.config.text_config.context_length
     for i, (request, tiling) in enumerate(zip(requests, tilings, strict=True)):
         text = text_length(request.rows[0])

@@ -105,8 +105,8 @@ class Scheme(NamedTuple):
 
     Attributes:
         deletions: t_l, floored means, int `[L]`.
-        saved: share of the visual tokens' multiply-adds saved in the fit, before flooring;
-            at the stop where the budget was met.
+        saved: share of the visual tokens' multiply-adds saved in the fit, before flooring: at
+            the entry of the layer where deleting stops, or of the last one.
         met: whether the budget was met.
     """
 
@@ -136,22 +136,20 @@ def stop_at_budget(
 
     full = L * macs(num_tokens, num_tokens)
     spent, now = np.zeros(len(num_tokens)), num_tokens
-    kept_layers = L
-    saved = 0.0
-    for l in range(L + 1):
+    stop, saved = None, 0.0
+    for l in range(L):
         saved = float(1 - np.mean((spent + (L - l) * macs(now, now)) / full))
         if saved >= save:
-            kept_layers = l
+            stop = l
             break
-        if l < L:
-            after = now - sizes[l]
-            spent += macs(now, after)
-            now = after
+        after = now - sizes[l]
+        spent += macs(now, after)
+        now = after
     same = (num_tokens == made_for).all()
     means = sizes.mean(axis=1) if same else (sizes / num_tokens).mean(axis=1) * made_for
     deletions = np.floor(means).astype(int)
-    deletions[kept_layers:] = 0
-    return Scheme(deletions.tolist(), saved, saved >= save)
+    deletions[L if stop is None else stop :] = 0
+    return Scheme(deletions.tolist(), saved, stop is not None)
 
 
 def fit(

@@ -1,7 +1,6 @@
 """Evaluations that are done, kept on disk so that an interrupted search resumes."""
 
 import json
-import pathlib
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jaxprune.errors import UserError
-from jaxprune.files import read_json, whole_file
+from jaxprune.files import as_path, read_json, whole_file
 
 
 class ProgressFile:
@@ -29,7 +28,7 @@ class ProgressFile:
     def __init__(
         self, path: Any, identity: dict[str, Any], *, label: str, show: bool | None
     ) -> None:
-        self.path = None if path is None else pathlib.Path(path).expanduser()
+        self.path = None if path is None else as_path(path, "The progress file")
         self.identity = json.loads(json.dumps(identity))
         self.values: dict[str, Any] = {}
         self.asked = 0
@@ -49,6 +48,8 @@ class ProgressFile:
                     f"{self.path} is of a calibration with other settings, samples or model; "
                     "remove it, or write to another file."
                 )
+            if not isinstance(saved.get("values"), dict):
+                raise UserError(f"{self.path} has no values; remove it.")
             self.values = saved["values"]
 
     def __enter__(self) -> "ProgressFile":

@@ -8,8 +8,8 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from jaxprune.errors import UserError
-from jaxprune.files import read_json
+from jaxprune.errors import UserError, first_line
+from jaxprune.files import as_path, read_json
 
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -26,7 +26,11 @@ class StoredTensor:
 
 
 def stored_tensors(directory: pathlib.Path) -> list[StoredTensor]:
-    """Every tensor of a directory: safetensors if there are any, else PyTorch `.bin` files.
+    """Every tensor of a directory, from the files that `transformers` 5 would take.
+
+    These are the first of model.safetensors, the shards of its index, pytorch_model.bin, the
+    shards of its index. Of shards everything counts that is in them, whatever the index says,
+    and of two with a tensor of one name the later one.
 
     Raises:
         UserError: for a directory without weights, a missing shard, or a broken file.
@@ -34,7 +38,8 @@ def stored_tensors(directory: pathlib.Path) -> list[StoredTensor]:
     for suffix, open_file in ((".safetensors", _open_safetensors), (".bin", _open_bin)):
         paths = _weight_files(directory, suffix)
         if paths:
-            return [tensor for path in paths for tensor in open_file(path)]
+            found = {tensor.key: tensor for path in paths for tensor in open_file(path)}
+            return list(found.values())
     raise UserError(
         f"{directory} has no weights; expected model.safetensors, sharded safetensors with "
         "their index, or pytorch_model.bin."
@@ -43,18 +48,20 @@ def stored_tensors(directory: pathlib.Path) -> list[StoredTensor]:
 
 def _weight_files(directory: pathlib.Path, suffix: str) -> list[pathlib.Path]:
     stem = "model" if suffix == ".safetensors" else "pytorch_model"
-    index = directory / f"{stem}{suffix}.index.json"
+    single, index = directory / f"{stem}{suffix}", directory / f"{stem}{suffix}.index.json"
+    if single.exists():
+        return [single]
     if not index.exists():
-        single = directory / f"{stem}{suffix}"
-        return [single] if single.exists() else []
+        return []
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise UserError(f"{index} has no 'weight_map'; download it again.")
     names = sorted(set(map(str, weight_map.values())))
     for name in names:
-        if pathlib.PurePath(name).name != name:
+        inside = pathlib.PurePath(name)
+        if inside.is_absolute() or ".." in inside.parts:
             raise UserError(f"{index} points outside its directory ({name!r}); refused.")
-        if not (directory / name).exists():
+        if not as_path(directory / name, "A shard").exists():
             raise UserError(f"{directory} lacks the shard {name} that its index names.")
     return [directory / name for name in names]
 
@@ -97,7 +104,7 @@ def _open_bin(path: pathlib.Path) -> Iterator[StoredTensor]:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types for a broken or unsafe pickle
         raise UserError(
-            f"torch's weights-only loader refuses {path} ({str(error).splitlines()[0]})."
+            f"torch's weights-only loader refuses {path} ({first_line(error)})."
         ) from None
 
     def reader(tensor: "torch.Tensor") -> Callable[[], np.ndarray]:

@@ -21,6 +21,7 @@ from jaxprune.files import read_json
 from jaxprune.inputs.processor import Processor, load_processor
 from jaxprune.inputs.prompts import tokenize
 from jaxprune.models.clip.config import ClipVisionConfig
+from jaxprune.models.config import require
 from jaxprune.models.family import IMAGE_PLACEHOLDER, ModelConfig
 from jaxprune.models.llama.config import LlamaConfig
 from jaxprune.models.llava.config import LlavaConfig
@@ -96,7 +97,8 @@ def hub_form(directory: pathlib.Path, config: LlavaConfig) -> HubForm:
     }
     texts = {name: json.dumps(value, indent=2) + "\n" for name, value in fields.items()}
     texts["tokenizer.json"] = tokenizer.to_str()
-    texts["chat_template.jinja"] = original.chat_template
+    assert original.template.text is not None  # the family's own
+    texts["chat_template.jinja"] = original.template.text
     contents = {name: text.encode() for name, text in texts.items()}
     return HubForm(wider, token_ids, contents, rows)
 
@@ -202,7 +204,6 @@ _INERT = {
     "image_split_resolution",
     "mm_hidden_size",
     "mm_patch_merge_type",
-    "mm_resampler_type",
     "mm_vision_tower",
     "mm_vision_tower_lr",
     "tokenizer_model_max_length",
@@ -239,8 +240,10 @@ def original_config(
         raise UserError(
             f"{where} has mm_use_im_start_end=true, which LLaVA-1.5 and LLaVA-NeXT do not use."
         )
-    if "mpt" in str(fields.get("model_type")):
-        raise UserError(f"{where} has an MPT decoder; supported: LLaMA and Mistral.")
+    kinds = ("llava", "llava_llama", "llava_mistral", "llama", "mistral")
+    kind = require(fields, "model_type", kinds, where, "llava")
+    ratios = (None, "square", "pad", "anyres")
+    ratio = require(fields, "image_aspect_ratio", ratios, where, None)
     if vision_tower is None:
         vision = ClipVisionConfig(dtype=dtype)
         tower = str(fields["mm_vision_tower"])
@@ -255,7 +258,7 @@ def original_config(
     handled = {"mm_projector_type", "mm_vision_select_layer", "mm_vision_select_feature"}
     handled |= {"mm_use_im_start_end"}
     text = {k: v for k, v in fields.items() if k not in handled | _INERT}
-    text["model_type"] = "mistral" if "mistral" in str(fields.get("model_type")) else "llama"
+    text["model_type"] = "mistral" if "mistral" in kind else "llama"
     select = {"patch": "default", "cls_patch": "full"}
     feature = fields.get("mm_vision_select_feature", "patch")
     if feature not in select:
@@ -268,7 +271,7 @@ def original_config(
         "vision_feature_layer": fields.get("mm_vision_select_layer", -2),
         "vision_feature_select_strategy": select[feature],
     }
-    if fields.get("image_aspect_ratio") != "anyres":
+    if ratio != "anyres":
         return LlavaConfig(**arguments)
     merge = fields.get("mm_patch_merge_type", "flat")
     if merge != "spatial_unpad":

@@ -1,5 +1,6 @@
 """A checkpoint onto the devices, one tensor in host memory at a time."""
 
+import dataclasses
 import math
 import pathlib
 from typing import Any
@@ -8,9 +9,10 @@ import jax
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from jaxprune.checkpoints_convert.files import stored_tensors
+from jaxprune.checkpoints_convert.files import StoredTensor, stored_tensors
 from jaxprune.checkpoints_convert.llava_original import is_original, original_config
-from jaxprune.checkpoints_convert.plan import PlannedTensor, make_plan
+from jaxprune.checkpoints_convert.plan import PlannedTensor, cast, make_plan, path_of
+from jaxprune.checkpoints_convert.recognise import existing_directory, explained
 from jaxprune.devices.mesh import check_mesh, placed, sharding_of
 from jaxprune.errors import UserError
 from jaxprune.files import read_json
@@ -49,11 +51,21 @@ def load_checkpoint(
         UserError: for anything wrong with the directory; see `make_plan`.
     """
     directory = existing_directory(directory)
-    dtype = _resolve_dtype(dtype, directory)
-    config = read_config(directory, dtype=dtype, vision_tower=vision_tower)
-    if mesh is not None:
-        mesh = check_mesh(mesh, config.mesh_splits())
-    plan = plan_with_tower(directory, config, vision_tower)
+    tower = None if vision_tower is None else existing_directory(vision_tower)
+    with explained(directory, tower):
+        config, plan = planned(directory, tower, dtype=_resolve_dtype(dtype, directory))
+        if mesh is not None:
+            mesh = check_mesh(mesh, config.mesh_splits())
+        return _laid_out(plan, config, mesh, show_progress), config
+
+
+def _laid_out(
+    plan: list[PlannedTensor],
+    config: ModelConfig,
+    mesh: jax.sharding.Mesh | None,
+    show_progress: bool | None,
+) -> dict[str, Any]:
+    """The parameters of a plan on their devices."""
 
     # The largest first: a tensor is in memory two or three times while it is laid out, which
     # then happens while most of the model is still on disk.
@@ -64,49 +76,51 @@ def load_checkpoint(
         parameters = tensor.read()
         while parameters:  # no reference is kept to what is copied below
             path, parameter = parameters.popitem()
-            array = np.ascontiguousarray(parameter.astype(dtype, copy=False))
+            array = np.ascontiguousarray(cast(parameter, config.dtype, path))
             del parameter
             place = sharding_of(path, array.shape, mesh, rules) if mesh else None
             flat[path] = placed(array, place)
     tree: dict[str, Any] = unflatten_dict(flat, sep="/")
-    return tree, config
+    return tree
 
 
-def plan_with_tower(
-    directory: pathlib.Path, config: ModelConfig, vision_tower: str | pathlib.Path | None
-) -> list[PlannedTensor]:
-    """The plan of a checkpoint whose vision tower may be in a directory of its own.
+def planned(
+    directory: pathlib.Path, tower: pathlib.Path | None, *, dtype: str
+) -> tuple[ModelConfig, list[PlannedTensor]]:
+    """The config and plan of a checkpoint, whose vision tower may be in a directory of its own.
 
     Raises:
         UserError: as `make_plan`, and for a tower that is nowhere.
     """
-    extra = [existing_directory(vision_tower)] if vision_tower else []
+    config = _with_own_head(directory, read_config(directory, dtype=dtype, vision_tower=tower))
+    extra = [] if tower is None else [tower]
     try:
-        return make_plan(directory, config, *extra)
+        return config, make_plan(directory, config, *extra)
     except UserError as error:
         if "vision_tower" in str(error) and is_original(read_json(directory / "config.json")):
             raise UserError(f"{error} Pass the CLIP tower's directory as vision_tower.") from None
         raise
 
 
-def existing_directory(directory: object) -> pathlib.Path:
-    """The path of a model directory.
+def _with_own_head(directory: pathlib.Path, config: ModelConfig) -> ModelConfig:
+    """The config without tied words where the stored head is another than the embedding.
 
-    Raises:
-        UserError: when it is no directory.
+    So does transformers from version 5 on; before, the stored head was passed over.
     """
-    if not isinstance(directory, str | pathlib.Path):
-        raise UserError(f"directory is a {type(directory).__name__}; expected a path.")
-    try:
-        path = pathlib.Path(directory).expanduser()
-        if path.is_dir():
-            return path
-        what = "is a file" if path.exists() else "does not exist"
-    except (OSError, RuntimeError, ValueError):  # too long, no such home, a null character
-        raise UserError(
-            f"{str(directory)[:60]!r} is not a path; expected the directory of a model."
-        ) from None
-    raise UserError(f"{path} {what}; expected the directory of a model.")
+    table = family_of(config).weights
+    if not table.words or not config.text_config.tie_word_embeddings:
+        return config
+    found = {path_of(table, stored.key): stored for stored in stored_tensors(directory)}
+    both = [found[path] for path in table.words if path in found]
+    if len(both) < 2 or (both[0].shape == both[1].shape and _equal(*both)):
+        return config
+    text: Any = config.text_config
+    untied = dataclasses.replace(text, tie_word_embeddings=False)
+    return dataclasses.replace(config, text_config=untied)  # type: ignore[type-var]
+
+
+def _equal(one: StoredTensor, other: StoredTensor) -> bool:
+    return np.array_equal(one.read(), other.read())
 
 
 def _resolve_dtype(dtype: str, directory: pathlib.Path) -> str:
@@ -125,7 +139,7 @@ def _resolve_dtype(dtype: str, directory: pathlib.Path) -> str:
 
 
 def read_config(
-    directory: pathlib.Path, *, dtype: str, vision_tower: str | pathlib.Path | None = None
+    directory: pathlib.Path, *, dtype: str, vision_tower: pathlib.Path | None = None
 ) -> ModelConfig:
     """The model config of a directory, whichever family and format it is of.
 
@@ -134,8 +148,7 @@ def read_config(
     """
     fields = read_json(directory / "config.json")
     if is_original(fields):
-        tower = existing_directory(vision_tower) if vision_tower else None
-        return original_config(fields, dtype=dtype, vision_tower=tower)
+        return original_config(fields, dtype=dtype, vision_tower=vision_tower)
     kind = fields.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise UserError(

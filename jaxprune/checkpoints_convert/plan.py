@@ -69,6 +69,25 @@ def _all_finite(array: np.ndarray) -> bool:
     return not bool(((array.view(np.uint16) & exponent) == exponent).any())
 
 
+_WIDENING = {("float16", "float32"), ("bfloat16", "float32")}
+
+
+def cast(array: np.ndarray, dtype: str, name: str) -> np.ndarray:
+    """An array in another float type.
+
+    Raises:
+        UserError: where a number is too large for it.
+    """
+    if array.dtype == dtype or (array.dtype.name, dtype) in _WIDENING:
+        return array.astype(dtype, copy=False)
+    with np.errstate(over="ignore"):
+        made = array.astype(dtype)
+    if not _all_finite(made):
+        most = np.abs(array.astype(np.float64)).max()
+        raise UserError(f"{name} holds {most:.4g}, which {dtype} cannot; take bfloat16 or float32.")
+    return made
+
+
 @functools.lru_cache(maxsize=16)
 def flat_shapes(config: ModelConfig) -> Shapes:
     """The shapes and dtypes of a model's parameters."""
@@ -96,10 +115,12 @@ def make_plan(
     unknown: list[str] = []
     doubled: list[str] = []
     misshaped: list[str] = []
+    head: StoredTensor | None = None
     for place in (directory, *extra):
         for stored in stored_tensors(place):
             rule = _rule(table, stored.key, expected)
             if rule is None:
+                head = stored if path_of(table, stored.key) in table.words else head
                 continue
             if any(path not in expected for path in rule.paths):
                 if place == directory:
@@ -120,6 +141,11 @@ def make_plan(
                 misshaped.append(f"{stored.key} is {list(stored.shape)}, expected {list(shape)}")
             plan |= dict.fromkeys(rule.paths, PlannedTensor(stored, rule, shapes, config))
 
+    for path in table.words:  # transformers takes either where the two are tied
+        if path in expected and path not in plan and head is not None:
+            shapes = (expected[path].shape,)
+            plan[path] = PlannedTensor(head, table.rule_of_path(path), shapes, config)
+
     problems = [
         _list_some("missing", _missing(table, plan, expected)),
         _list_some("unknown", unknown),
@@ -134,6 +160,15 @@ def make_plan(
         )
     by_key = {plan[path].stored.key: plan[path] for path in expected}  # once each
     return list(by_key.values())
+
+
+def path_of(table: KeyTable, key: str) -> str | None:
+    """The parameter that a stored tensor is; None for one that holds several, or none."""
+    if "/" in key:  # this library's own format
+        return key
+    name = table.canonical_key(key)
+    rule = None if name is None else table.rule_of_key(name)
+    return rule.paths[0] if rule is not None and len(rule.paths) == 1 else None
 
 
 def _rule(table: KeyTable, key: str, expected: Shapes) -> Rule | None:

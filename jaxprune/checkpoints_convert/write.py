@@ -21,13 +21,12 @@ from jaxprune.checkpoints_convert.llava_original import (
 )
 from jaxprune.checkpoints_convert.load import (
     DTYPES,
-    existing_directory,
-    plan_with_tower,
-    read_config,
+    planned,
 )
-from jaxprune.checkpoints_convert.plan import PlannedTensor
+from jaxprune.checkpoints_convert.plan import PlannedTensor, cast
+from jaxprune.checkpoints_convert.recognise import existing_directory, explained
 from jaxprune.errors import UserError, check_choice
-from jaxprune.files import read_json, whole_directory
+from jaxprune.files import new_path, read_json, whole_directory
 from jaxprune.models.family import ModelConfig
 from jaxprune.models.llava.config import LlavaConfig
 from jaxprune.models.registry import family_of
@@ -43,6 +42,7 @@ _COMPANIONS = (
     "added_tokens.json",
     "chat_template.jinja",
     "chat_template.json",
+    "video_preprocessor_config.json",
     "generation_config.json",
     "merges.txt",
     "preprocessor_config.json",
@@ -53,6 +53,9 @@ _COMPANIONS = (
     "tokenizer_config.json",
     "vocab.json",
 )
+
+
+_TEMPLATES = "additional_chat_templates"  # named ones, a folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +101,7 @@ def export(
         (rule.key, with_new_rows(rule.paths[0], array, form.rows))
         for rule, array in _stored(parameters, config)
     )
-    target = _new_path(directory)
+    target = new_path(directory, "The destination")
     with whole_directory(target, failures=_FAILURES) as place:
         _write_weights(place, tensors)
         _write_companions(place, _config_fields(form, config.dtype), form.files)
@@ -137,17 +140,22 @@ def convert(
     if dtype is not None:
         check_choice("dtype", dtype, DTYPES)
     source = existing_directory(source)
-    tower = existing_directory(vision_tower) if vision_tower else None
-    config = read_config(source, dtype=dtype or "float32", vision_tower=tower)
-    plan = plan_with_tower(source, config, tower)
-
-    fields = read_json(source / "config.json")
-    files = _companion_files(source)
-    if is_original(fields) and isinstance(config, LlavaConfig):
-        form = hub_form(source, config)
-        stored = fields.get("torch_dtype") or fields.get("dtype") or config.dtype
-        fields, files = _config_fields(form, stored), form.files
-        plan = widen(plan, form.rows)
+    tower = None if vision_tower is None else existing_directory(vision_tower)
+    target = new_path(destination, "The destination")
+    with explained(source, tower):
+        config, plan = planned(source, tower, dtype=dtype or "float32")
+        fields = read_json(source / "config.json")
+        files = _companion_files(source)
+        if is_original(fields) and isinstance(config, LlavaConfig):
+            form = hub_form(source, config)
+            stored = fields.get("torch_dtype") or fields.get("dtype") or config.dtype
+            fields, files = _config_fields(form, stored), form.files
+            plan = widen(plan, form.rows)
+    words = family_of(config).weights.words
+    if words and not config.text_config.tie_word_embeddings:  # older releases would tie them
+        for part in (fields, fields.get("text_config")):
+            if isinstance(part, dict) and part.get("tie_word_embeddings"):
+                part["tie_word_embeddings"] = False
     if dtype is not None:
         fields.pop("torch_dtype", None)
         fields["dtype"] = dtype
@@ -159,7 +167,6 @@ def convert(
             return parameters
         return ((rule.key, array) for rule, array in _stored(parameters, config))
 
-    target = _new_path(destination)
     with whole_directory(target, failures=_FAILURES) as place:
         count, size = _write_weights(place, tensors("Converting"))
         _write_companions(place, fields, files)
@@ -173,7 +180,7 @@ def _parameters(
     """The parameters of a plan by path, read one tensor at a time and cast."""
     for tensor in plan:
         for path, array in tensor.read().items():
-            yield path, array if dtype is None else array.astype(dtype, copy=False)
+            yield path, array if dtype is None else cast(array, dtype, path)
 
 
 def _stored(
@@ -276,6 +283,7 @@ def _write_companions(
 ) -> None:
     (place / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
     for name, content in files.items():
+        (place / name).parent.mkdir(exist_ok=True)
         (place / name).write_bytes(content)
 
 
@@ -284,7 +292,8 @@ def _companion_files(directory: pathlib.Path | None) -> dict[str, bytes]:
     if directory is None:
         return {}
     paths = [directory / name for name in _COMPANIONS]
-    return {path.name: path.read_bytes() for path in paths if path.is_file()}
+    paths += sorted((directory / _TEMPLATES).glob("*.jinja"))
+    return {str(path.relative_to(directory)): path.read_bytes() for path in paths if path.is_file()}
 
 
 def _token_ids(companions: pathlib.Path | None) -> dict[str, Any]:
@@ -295,23 +304,3 @@ def _token_ids(companions: pathlib.Path | None) -> dict[str, Any]:
     fields = read_json(path)
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     return {name: fields[name] for name in names if fields.get(name) is not None}
-
-
-def _new_path(directory: object) -> pathlib.Path:
-    """The path of a directory to write.
-
-    Raises:
-        UserError: when it is no path, or something is there.
-    """
-    if not isinstance(directory, str | pathlib.Path):
-        raise UserError(f"The destination is a {type(directory).__name__}; expected a path.")
-    if "\0" in str(directory):
-        raise UserError(f"{str(directory)!r} is not a path; name another.")
-    try:
-        target = pathlib.Path(directory).expanduser()
-        exists = target.exists()
-    except (OSError, RuntimeError):  # too long, no such home
-        raise UserError(f"{str(directory)[:60]!r} is not a path; name another.") from None
-    if exists:
-        raise UserError(f"{target} exists; name a directory that does not, nothing is overwritten.")
-    return target

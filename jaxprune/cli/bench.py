@@ -8,10 +8,11 @@ from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 import jaxprune
 from jaxprune.cli.options import (
+    DownloadOption,
     DtypeOption,
     JsonOption,
     ModelOption,
@@ -20,7 +21,9 @@ from jaxprune.cli.options import (
     parse_method,
 )
 from jaxprune.cli.output import print_wide
-from jaxprune.errors import UserError
+from jaxprune.errors import check_whole
+from jaxprune.inputs.images import load_image
+from jaxprune.methods.resolve import check_names
 from jaxprune.reports import bench as measure
 from jaxprune.reports.bench import Measured
 
@@ -46,14 +49,18 @@ def bench(
     model: ModelOption = None,
     vision_tower: TowerOption = None,
     dtype: DtypeOption = "auto",
+    download: DownloadOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Time answers under several methods, beside what the hardware could do."""
-    if batch < 1:
-        raise UserError(f"--batch is {batch}; expected 1 or more.")
+    check_whole("--batch", batch)
+    check_whole("--new-tokens", new_tokens, least=2)
+    check_whole("--rounds", rounds)
     chosen = [(text, _method_with_options(text)) for text in method or _BENCHED]
-    params = jaxprune.load(model, dtype=dtype, vision_tower=vision_tower)
-    images = [image or jaxprune.DEMO_IMAGE] * batch
+    for _, options in chosen:
+        check_names(**options)
+    images = [load_image(image or jaxprune.DEMO_IMAGE)] * batch
+    params = jaxprune.load(model, dtype=dtype, vision_tower=vision_tower, download=download)
     rows, ceilings = measure.bench(
         params, images, prompt, chosen, new_tokens=new_tokens, rounds=rounds
     )
@@ -76,7 +83,15 @@ def _method_with_options(text: str) -> dict[str, Any]:
 
 
 def _table(rows: Sequence[Measured]) -> Table:
-    table = Table("method", "visual", "encode", "select", "prefill", "decode", "answer")
+    table = Table(
+        Column("method", overflow="fold"),
+        "visual",
+        "encode",
+        "select",
+        "prefill",
+        "decode",
+        "answer",
+    )
     for name in ("prefill ceiling", "decode ceiling", "compile", "peak"):
         table.add_column(name)
     for column in table.columns[1:]:

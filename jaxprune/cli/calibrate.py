@@ -1,13 +1,8 @@
 """`jaxprune calibrate`."""
 
-import contextlib
 import dataclasses
 import json
-import os
 import pathlib
-import signal
-import sys
-from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
@@ -15,8 +10,16 @@ import typer
 import jaxprune
 from jaxprune import Recipe
 from jaxprune.calibrate import Settings
-from jaxprune.cli.options import DtypeOption, JsonOption, ModelOption, SaveOption, TowerOption
-from jaxprune.cli.output import note, refuse_existing
+from jaxprune.cli import interrupt
+from jaxprune.cli.options import (
+    DownloadOption,
+    DtypeOption,
+    JsonOption,
+    ModelOption,
+    SaveOption,
+    TowerOption,
+)
+from jaxprune.cli.output import refuse_existing
 from jaxprune.reports.recipe_plot import figure, plot_recipe
 
 
@@ -48,6 +51,7 @@ def calibrate(
     dtype: DtypeOption = "auto",
     batch_size: Annotated[int, typer.Option(help="Samples at once.")] = 16,
     seed: Annotated[int, typer.Option(help="Of the Bayesian searches.")] = 0,
+    download: DownloadOption = False,
     plot: Annotated[
         pathlib.Path | None, typer.Option(help="Draw the keep rates over depth here.")
     ] = None,
@@ -61,10 +65,10 @@ def calibrate(
         "batch_size": batch_size, "seed": seed,
     }  # fmt: skip
     _check(settings, out, plot)
-    params = jaxprune.load(model, dtype=dtype, vision_tower=vision_tower)
+    params = jaxprune.load(model, dtype=dtype, vision_tower=vision_tower, download=download)
     progress = out.with_name(out.name + ".progress")
-    with _ending_at_once(progress):
-        recipe = jaxprune.calibrate(params, data, progress_file=progress, **settings)
+    interrupt.say_at_the_end("The same command resumes.")
+    recipe = jaxprune.calibrate(params, data, progress_file=progress, **settings)
     jaxprune.save_recipe(recipe, out)
     if plot is not None:
         plot_recipe(recipe, params.config, plot)
@@ -78,25 +82,6 @@ def _check(settings: dict[str, Any], out: pathlib.Path, plot: pathlib.Path | Non
     if plot is not None:
         refuse_existing(plot)
         figure()  # refuses without matplotlib
-
-
-@contextlib.contextmanager
-def _ending_at_once(progress: pathlib.Path) -> Iterator[None]:
-    """Within it, Ctrl-C ends the process with code 130; what is in `progress` stays."""
-
-    def stop(*_: Any) -> None:
-        # At once: an exception may be swallowed by JAX's callbacks, and taking a runtime down
-        # in the middle of a program may crash. Every finished evaluation is on disk.
-        progress.with_name(f".{progress.name}.partial").unlink(missing_ok=True)
-        note("Interrupted; the same command resumes.")
-        sys.stderr.flush()
-        os._exit(130)
-
-    before = signal.signal(signal.SIGINT, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _summary(recipe: Recipe, out: pathlib.Path) -> str:

@@ -1,15 +1,16 @@
 """`jaxprune generate`."""
 
-import dataclasses
 import json
 import pathlib
+import sys
 from typing import Annotated, Any
 
 import typer
 
 import jaxprune
-from jaxprune import Answer
+from jaxprune.cli import interrupt, many
 from jaxprune.cli.options import (
+    DownloadOption,
     DtypeOption,
     ExtraOption,
     JsonOption,
@@ -22,14 +23,32 @@ from jaxprune.cli.options import (
     method_options,
     parse_method,
 )
+from jaxprune.cli.output import note
+from jaxprune.engine.sampling import Ask
+from jaxprune.errors import UserError
+from jaxprune.files import as_path
+from jaxprune.inputs.images import load_image
+from jaxprune.methods.resolve import check_names
 
 
 def generate(
-    prompt: Annotated[str, typer.Option(help="What to ask.")],
+    prompt: Annotated[str | None, typer.Option(help="What to ask.")] = None,
     image: Annotated[
         list[pathlib.Path] | None,
         typer.Option(help="An image file; repeat it for several images in one prompt."),
     ] = None,
+    images: Annotated[
+        pathlib.Path | None, typer.Option(help="A folder: the prompt is asked about each image.")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="A file of JSON lines with image and prompt; - reads stdin."),
+    ] = None,
+    out: Annotated[
+        pathlib.Path | None,
+        typer.Option(help="For --images and --data: answers as JSON lines; the same resumes."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="For --images and --data: rows at once.")] = 8,
     model: ModelOption = None,
     method: MethodOption = "none",
     keep: KeepOption = None,
@@ -45,34 +64,80 @@ def generate(
     raw: Annotated[bool, typer.Option("--raw", help="No chat template.")] = False,
     vision_tower: TowerOption = None,
     dtype: DtypeOption = "auto",
+    download: DownloadOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Answer a prompt about an image."""
-    (answer,) = jaxprune.generate(
-        jaxprune.load(model, dtype=dtype, vision_tower=vision_tower),
-        [image] if image else None,
-        [prompt],
-        method=parse_method(method),
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-        stop=stop or (),
-        chat=not raw,
-        return_details=True,
+    """Answer a prompt about an image, or many at once."""
+    # What can be wrong is looked at before the model is loaded, which may take minutes.
+    asked: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k,
+        "top_p": top_p, "stop": stop or (),
+    }  # fmt: skip
+    Ask(**asked, seed=seed)
+    pruning: dict[str, Any] = {
+        "method": parse_method(method),
         **method_options(option, jaxprune.generate, keep=keep, save=save, keep_rate=keep_rate),
-    )
-    print(json.dumps({"method": method, **_fields(answer)}) if as_json else answer.text)
-
-
-def _fields(answer: Answer) -> dict[str, Any]:
-    """An answer's fields, for JSON."""
-    fields = dataclasses.asdict(answer)
-    fields["kept_indices"] = [kept.tolist() for kept in answer.kept_indices]
-    fields["kept_by_layer"] = {
-        layer: [kept.tolist() for kept in images] for layer, images in answer.kept_by_layer.items()
     }
-    fields["cost"] = answer.cost.as_dict()
-    fields["seconds"] = {stage: round(value, 6) for stage, value in answer.seconds.items()}
-    return fields
+    check_names(**pruning)
+    asked |= {"seed": seed, "chat": not raw, "return_details": True, **pruning}
+    requests = _requests(prompt, image, images, data, out)
+    if requests is None:
+        assert prompt is not None
+        pictures = [[load_image(path) for path in image]] if image else None
+        params = jaxprune.load(model, dtype=dtype, vision_tower=vision_tower, download=download)
+        (answer,) = jaxprune.generate(params, pictures, [prompt], **asked)
+        print(json.dumps({"method": method, **answer.as_dict()}) if as_json else answer.text)
+        return
+    done = 0
+    if out is not None:
+        out = as_path(out, "--out")
+        done = many.done_already(out, requests)
+        interrupt.say_at_the_end("The same command resumes.")
+        if done:
+            note(f"{done} of {len(requests)} are answered already.")
+    rest = requests[done:]
+    if not rest:
+        return
+    params = jaxprune.load(model, dtype=dtype, vision_tower=vision_tower, download=download)
+    answers = jaxprune.generate_many(
+        params, rest, batch_size=batch_size, return_errors=True, **asked
+    )
+    if out is None:
+        failed = many.write(answers, rest, sys.stdout, details=as_json)
+    else:
+        with _appending(out) as file:
+            failed = many.write(answers, rest, file, details=as_json)
+        note(f"{out}: {len(requests)} answers.")
+    if failed:
+        note(f"{failed} requests could not be answered; their lines have an error.")
+
+
+def _requests(
+    prompt: str | None,
+    image: list[pathlib.Path] | None,
+    images: pathlib.Path | None,
+    data: str | None,
+    out: pathlib.Path | None,
+) -> list[dict[str, Any]] | None:
+    """The requests of a folder or a file; None where there is one, given by its options."""
+    ways = [name for name, x in (("--image", image), ("--images", images), ("--data", data)) if x]
+    if len(ways) > 1:
+        raise UserError(f"{' and '.join(ways)} came together; expected one of them.")
+    if prompt is None and data is None:
+        raise UserError("There is no --prompt; say what to ask.")
+    if data is not None:
+        return many.from_file(data, prompt)
+    if images is not None:
+        assert prompt is not None
+        return many.from_folder(images, prompt)
+    if out is not None:
+        raise UserError("--out is for --images and --data; a single answer goes to stdout.")
+    return None
+
+
+def _appending(out: pathlib.Path) -> Any:
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        return out.open("a", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"Cannot write {out} ({error}).") from None

@@ -1,7 +1,6 @@
 """Options that several commands share, and what is read from their text."""
 
 import inspect
-import json
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
@@ -9,14 +8,19 @@ from typing import Annotated, Any
 import typer
 
 from jaxprune.errors import UserError
+from jaxprune.files import parse_json
 
 ModelOption = Annotated[
-    pathlib.Path | None,
+    str | None,
     typer.Option("--model", help="Model directory; without it, the small model that ships."),
 ]
 TowerOption = Annotated[
     pathlib.Path | None,
     typer.Option("--vision-tower", help="The CLIP tower's directory, for original-format models."),
+]
+DownloadOption = Annotated[
+    bool,
+    typer.Option("--download", help="Fetch a model owner/name that is not in the Hub's cache."),
 ]
 DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 MethodOption = Annotated[
@@ -76,7 +80,7 @@ def _parse_option(text: str) -> tuple[str, Any]:
     if not equals:
         raise UserError(f"--option is {text!r}; expected name=value.")
     try:
-        value = json.loads(written)
+        value = parse_json(written)
     except ValueError:
         value = written
     name = name.strip().replace("-", "_")

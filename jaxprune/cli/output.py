@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxprune.errors import UserError
+from jaxprune.files import new_path
 
 stderr = Console(stderr=True)
 _WIDTH = 120  # of tables whose columns do not fit into a narrow terminal
@@ -23,7 +24,6 @@ def print_wide(table: Table) -> None:
 
 def refuse_existing(path: pathlib.Path) -> None:
     """Raise `UserError` unless a file of this name can be made."""
-    if path.exists():
-        raise UserError(f"{path} exists; name a file that does not, nothing is overwritten.")
-    if not path.absolute().parent.is_dir():
+    new_path(path, "The file to write")
+    if not path.expanduser().absolute().parent.is_dir():
         raise UserError(f"{path.absolute().parent} is no directory; make it first.")

@@ -8,6 +8,7 @@ from PIL import Image
 
 import jaxprune
 from jaxprune.cli.options import (
+    DownloadOption,
     DtypeOption,
     ExtraOption,
     KeepOption,
@@ -21,6 +22,9 @@ from jaxprune.cli.options import (
 )
 from jaxprune.cli.output import note, refuse_existing
 from jaxprune.errors import UserError
+from jaxprune.files import whole_file
+from jaxprune.inputs.images import load_image
+from jaxprune.methods.resolve import check_names
 from jaxprune.reports.kept_patches import kept_over_depth
 
 
@@ -39,18 +43,18 @@ def show(
     option: ExtraOption = None,
     vision_tower: TowerOption = None,
     dtype: DtypeOption = "auto",
+    download: DownloadOption = False,
 ) -> None:
     """Draw the patches that survive, before the decoder and after some of its layers."""
     refuse_existing(out)
-    chosen = _parse_layers(layers)
-    picture = kept_over_depth(
-        jaxprune.load(model, dtype=dtype, vision_tower=vision_tower),
-        image,
-        prompt,
-        method=parse_method(method),
-        layers=chosen,
+    chosen, drawn = _parse_layers(layers), load_image(image)
+    pruning = {
+        "method": parse_method(method),
         **method_options(option, kept_over_depth, keep=keep, save=save, keep_rate=keep_rate),
-    )
+    }
+    check_names(**pruning)
+    params = jaxprune.load(model, dtype=dtype, vision_tower=vision_tower, download=download)
+    picture = kept_over_depth(params, drawn, prompt, layers=chosen, **pruning)
     _write(picture, out)
     note(f"{out}: {picture.width} x {picture.height} pixels.")
 
@@ -62,9 +66,11 @@ def _parse_layers(text: str | None) -> list[int] | None:
         raise UserError(f"--layers is {text!r}; expected numbers, e.g. 2,8,16.") from None
 
 
-def _write(picture: "Image.Image", out: pathlib.Path) -> None:
+def _write(picture: Image.Image, out: pathlib.Path) -> None:
     try:
-        picture.save(out)
+        with whole_file(out) as file:
+            picture.save(file)
     except (OSError, ValueError) as error:
-        out.unlink(missing_ok=True)
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"Cannot write {out} ({error}).") from None

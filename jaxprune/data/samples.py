@@ -1,13 +1,11 @@
 """Calibration samples: an image, a question and its reference answer."""
 
 import dataclasses
-import json
-import pathlib
 from typing import Any
 
 from jaxprune.data import scenes
 from jaxprune.errors import UserError
-from jaxprune.files import is_file
+from jaxprune.files import as_path, parse_json
 
 DEFAULT_SAMPLES = 192
 
@@ -36,9 +34,9 @@ def read_samples(path: Any) -> list[Sample]:
     Raises:
         UserError: for a missing or empty file, or a line that is no sample; it names the line.
     """
-    path = pathlib.Path(path).expanduser()
-    if not is_file(path):
-        raise UserError(f"The data file {str(path)[:300]} does not exist; expected JSONL.")
+    path = as_path(path, "The data file")
+    if not path.is_file():
+        raise UserError(f"The data file {path} does not exist; expected JSONL.")
     samples = []
     try:
         # Not splitlines: JSON may hold other line separators as they are.
@@ -49,7 +47,7 @@ def read_samples(path: Any) -> list[Sample]:
         if not line.strip():
             continue
         try:
-            fields = json.loads(line)
+            fields = parse_json(line)
         except ValueError as error:
             raise UserError(f"{path}, line {number} is not JSON ({error}).") from None
         texts = isinstance(fields, dict) and all(
@@ -61,9 +59,12 @@ def read_samples(path: Any) -> list[Sample]:
                 f"{path}, line {number} is no sample; expected an object with the texts "
                 "'image', 'question' and 'answer'."
             )
-        image = path.parent / fields["image"]
-        if not is_file(image):
-            raise UserError(f"{path}, line {number}: the image {str(image)[:300]} does not exist.")
+        try:
+            image = path.parent / as_path(fields["image"], "the image")
+        except UserError as error:
+            raise UserError(f"{path}, line {number}: {error}") from None
+        if not image.is_file():
+            raise UserError(f"{path}, line {number}: the image {image} does not exist.")
         samples.append(Sample(image, fields["question"], fields.get("answer", "")))
     if not samples:
         raise UserError(f"{path} has no samples.")

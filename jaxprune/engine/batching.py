@@ -45,14 +45,22 @@ class Queue:
         engine: what answers them.
         ask: what they ask for unless they say otherwise.
         chat: whether they are wrapped in the chat template unless they say otherwise.
+        neutralise: whether special tokens in them are text.
         batch_size: requests that run together, at most.
         details: `Answer` objects instead of strings.
     """
 
     def __init__(
-        self, engine: Engine, ask: Ask, *, chat: bool, batch_size: int, details: bool
+        self,
+        engine: Engine,
+        ask: Ask,
+        *,
+        chat: bool,
+        neutralise: bool,
+        batch_size: int,
+        details: bool,
     ) -> None:
-        self.engine, self.ask, self.chat = engine, ask, chat
+        self.engine, self.ask, self.chat, self.neutralise = engine, ask, chat, neutralise
         self.batch_size, self.details = batch_size, details
 
     def answers(
@@ -118,7 +126,9 @@ class Queue:
         ask = dataclasses.replace(self.ask, **own)
         images = [image] if isinstance(image, list | tuple) else image
         prompts = [prompt] if images is not image else prompt
-        made = make_request(self.engine.processor, images, prompts, chat=chat)
+        made = make_request(
+            self.engine.processor, images, prompts, chat=chat, neutralise=self.neutralise
+        )
         if len(made.rows) != 1:
             raise UserError(f"Request {index + 1} has {len(made.rows)} prompts; expected one.")
         config, fit, row = self.engine.config, self.engine.buckets.fit, made.rows[0]

@@ -25,7 +25,7 @@ from jaxprune.errors import UserError, is_whole
 from jaxprune.methods import Plan, resolve
 from jaxprune.methods.fitprune import MOST_TOKENS
 from jaxprune.models.family import DecoderSizes, ModelConfig
-from jaxprune.models.registry import depth_of
+from jaxprune.models.registry import depth_of, family_of
 from jaxprune.ops.cuts import AFTER_ATTENTION, Schedule
 from jaxprune.ops.tiles import VisualSize
 
@@ -152,6 +152,7 @@ def estimate(
     for name, value in (("text_tokens", text_tokens), ("visual_tokens", visual_tokens)):
         if value is not None and not (is_whole(value) and 0 <= value <= MOST_TOKENS):
             raise UserError(f"{name} is {value!r}; expected a number from 0 to {MOST_TOKENS:,}.")
+    family_of(config)  # refuses what is no config
     plan = resolve(method, depth_of(config), **method_options)
     fixed = None if plan.vision is None else tokens_left(config, plan.vision)
     if visual_tokens is not None and fixed is not None:
@@ -167,12 +168,14 @@ def estimate(
             raise UserError(
                 f"visual_tokens is {visual_tokens}, but an image has {most} before pruning."
             )
+    side = config.tower.tile_size
     return prompt_cost(
         config,
         plan,
         text_tokens=text_tokens,
         unpruned_visual_tokens=unpruned,
         visual_tokens=visual_tokens,
+        fixed=config.tiling(VisualSize(side, side)).num_cls,
     )
 
 
@@ -199,6 +202,7 @@ def prompt_cost(
     text_tokens: int,
     unpruned_visual_tokens: int | None = None,
     visual_tokens: int | None = None,
+    fixed: int = 0,
 ) -> Cost:
     """The cost of a prompt under a plan, without running anything.
 
@@ -208,6 +212,7 @@ def prompt_cost(
         text_tokens: text tokens of the prompt.
         unpruned_visual_tokens: before any pruning; None for one image.
         visual_tokens: what a vision-side method leaves of them; None asks the method.
+        fixed: visual tokens that the decoder never drops.
 
     Raises:
         UserError: when a vision-side method decides by the image and `visual_tokens` is None.
@@ -219,19 +224,20 @@ def prompt_cost(
         entering = visual_tokens
     else:
         plan.vision.check(config.tower.tokens_per_tile if config.one_tile else full)
-        fixed = tokens_left(config, plan.vision)
-        if fixed is None:
+        known = tokens_left(config, plan.vision)
+        if known is None:
             raise UserError(
                 f"How many tokens {plan.vision.name} leaves depends on the image; give their "
                 f"number as visual_tokens{', or a fixed keep' if config.one_tile else ''}."
             )
-        entering = fixed
+        entering = known
     layers = config.text_config.num_hidden_layers
     removed = np.zeros(layers, int)
     if plan.decoder is not None:
         removed = plan.decoder.removed(entering, depth_of(config))
-    unpruned = _cost(config, Plan(), text_tokens, full, np.zeros(layers, int), None)
-    return _cost(config, plan, text_tokens, entering, removed, unpruned)
+    unpruned = _cost(config, Plan(), text_tokens, full, np.full(layers, full), None)
+    left = np.maximum(entering - removed, min(fixed, entering))
+    return _cost(config, plan, text_tokens, entering, left, unpruned)
 
 
 def executed(
@@ -273,7 +279,7 @@ def _cost(
     plan: Plan,
     text: int,
     entering: int,
-    removed: np.ndarray,
+    left: np.ndarray,
     unpruned: Cost | None,
 ) -> Cost:
     c = config.text_config
@@ -281,7 +287,7 @@ def _cost(
     visual_in = entering
     for l in range(c.num_hidden_layers):
         # Text that iti removes counts as visual: which of both goes depends on the prompt.
-        visual_out = entering - int(removed[l])
+        visual_out = int(left[l])
         at_mlp = visual_out if method and method.cut == AFTER_ATTENTION else visual_in
         tokens = text + visual_in
         layers.append(

@@ -14,6 +14,7 @@ methods with empty requests of every size.
 
 import contextlib
 import dataclasses
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
@@ -52,6 +53,8 @@ from jaxprune.ops.tiles import Packing, Questions, Tiling, pack_tilings
 from jaxprune.ops.visual import Selection, Signal, VisionOutput
 
 T = TypeVar("T")
+
+MOST_EOS = 16  # tokens that may end an answer: a fixed number, so that programs do not ask
 
 
 class Clock:
@@ -170,7 +173,10 @@ class Engine:
         self.depth = depth_of(self.config)
         self.shapes = Shapes(buckets, self.config, plan.vision)
         self.mesh, self.devices = mesh_of(self.arrays), devices_of(self.arrays)
-        self.eos = np.asarray(self.processor.eos_token_ids or (-1,), np.int32)
+        ids = self.processor.eos_token_ids
+        if len(ids) > MOST_EOS:
+            raise UserError(f"{len(ids)} tokens end an answer; expected at most {MOST_EOS}.")
+        self.eos = np.array([*ids, *[-1] * (MOST_EOS - len(ids))], np.int32)
         self.signals = signals if plan.vision is None else signals | plan.vision.signals
         self.config.tower.check(self.signals)
 
@@ -187,9 +193,10 @@ class Engine:
     def unpruned(self, tilings: Sequence[Tiling]) -> ImageRoom:
         """What images take up before any pruning."""
         counts = np.array([tiling.num_tokens for tiling in tilings], int)
-        return self._room(tilings, counts, int(counts.max(initial=0)))
+        return self.room_for(tilings, counts, int(counts.max(initial=0)))
 
-    def _room(self, tilings: Sequence[Tiling], counts: np.ndarray, capacity: int) -> ImageRoom:
+    def room_for(self, tilings: Sequence[Tiling], counts: np.ndarray, capacity: int) -> ImageRoom:
+        """What images take up of which so many visual tokens are left."""
         method = self.plan.vision
         whole = method is None or method.positions == "original"
         extents = [tiling.num_positions for tiling in tilings] if whole else counts
@@ -223,6 +230,22 @@ class Engine:
             devices=devices_sharing(self.mesh, tiles),
             free=free_bytes(self.devices),
         )
+        pixels, packing = self.padded(pixels, tilings, shape, tiles=tiles)
+        pixels, packing = spread((pixels, packing), self.mesh)
+        with on_mesh(self.mesh), clock.stage("encode", **shape._asdict()):
+            vision = stages.encode(self.arrays, pixels, config=self.config, signals=self.signals)
+            return Encoded(clock.wait(vision), packing, shape, tilings)
+
+    def padded(
+        self,
+        pixels: Float[np.ndarray, "f H W 3"],
+        tilings: Sequence[Tiling],
+        shape: ImageShape,
+        *,
+        tiles: int | None = None,
+    ) -> tuple[Float[np.ndarray, "F H W 3"], Packing]:
+        """The pixels of images' tiles, and how they make up the images, as large as the room."""
+        tiles = shape.images * shape.tiles if tiles is None else tiles
         packing = pack_tilings(
             tilings,
             images=shape.images,
@@ -231,11 +254,7 @@ class Engine:
             slots=shape.slots,
             axes=self.config.position_axes,
         )
-        pixels = np.pad(pixels, ((0, tiles - len(pixels)), (0, 0), (0, 0), (0, 0)))
-        pixels, packing = spread((pixels, packing), self.mesh)
-        with on_mesh(self.mesh), clock.stage("encode", **shape._asdict()):
-            vision = stages.encode(self.arrays, pixels, config=self.config, signals=self.signals)
-            return Encoded(clock.wait(vision), packing, shape, tilings)
+        return np.pad(pixels, ((0, tiles - len(pixels)), (0, 0), (0, 0), (0, 0))), packing
 
     def select(
         self,
@@ -262,11 +281,9 @@ class Engine:
         with on_mesh(self.mesh), clock.stage("select", **sizes) as told:
             asked = self._embedded(questions, shape) if self.reads_question else None
             known = self.shapes.fixed_capacity(shape)
-            if method is None:
-                counts = self.unpruned(encoded.tilings).counts
-            elif known is not None and type(method).__module__.startswith("jaxprune."):
-                counts = np.full(number, known)
-            else:  # the numbers that the host has to know
+            counts = self.known_counts(encoded.tilings, shape)
+            if counts is None:  # the numbers that the host has to know
+                assert method is not None
                 found = stages.count(encoded.vision, encoded.packing, asked, method)
                 counts = to_host(found)[:number]
                 if known is not None and (counts != known).any():
@@ -287,7 +304,16 @@ class Engine:
                 images=self.shapes.visual_slots(shape.images, batch, row_images),
             )
             clock.wait(selection)
-        return Seen(selection, self._room(encoded.tilings, counts, capacity))
+        return Seen(selection, self.room_for(encoded.tilings, counts, capacity))
+
+    def known_counts(self, tilings: Sequence[Tiling], shape: ImageShape) -> np.ndarray | None:
+        """Visual tokens that are left of each image, int `[I]`; None where one has to look."""
+        known, method = self.shapes.fixed_capacity(shape), self.plan.vision
+        if method is None:
+            return self.unpruned(tilings).counts
+        if known is not None and type(method).__module__.startswith("jaxprune."):
+            return np.full(len(tilings), known)
+        return None  # what a user's own method says of itself is counted
 
     @property
     def reads_question(self) -> bool:
@@ -299,18 +325,35 @@ class Engine:
         """All sizes that questions are padded to; one where nobody reads them."""
         return self.buckets.text if self.reads_question else (1,)
 
-    def _embedded(self, questions: Sequence[Sequence[int]], shape: ImageShape) -> Questions:
+    def padded_questions(self, questions: Sequence[Sequence[int]], images: int) -> np.ndarray:
+        """The token ids of what is asked about each image, of a bucket's length: int32 `[I, Q]`."""
         longest = max((len(question) for question in questions), default=1) or 1
-        width = self.buckets.fit("text", longest)
-        ids = np.full((shape.images, width), -1, np.int32)
+        ids = np.full((images, self.buckets.fit("text", longest)), -1, np.int32)
         for own, question in zip(ids, questions, strict=False):
             own[: len(question)] = question
+        return ids
+
+    def _embedded(self, questions: Sequence[Sequence[int]], shape: ImageShape) -> Questions:
+        ids = self.padded_questions(questions, shape.images)
         found: Questions = stages.embed_questions(
             self.arrays, spread(ids, self.mesh), config=self.config
         )
         return found
 
     # ---- prompts
+
+    def check_ids(self, rows: Sequence[Row]) -> None:
+        """Raise `UserError` for a token id that the model's embedding has no row for."""
+        size = self.config.text_config.vocab_size
+        for row in rows:
+            ids = [token for piece in row.pieces for token in piece]
+            for token in (*ids, *row.answer, *row.question):
+                if not 0 <= token < size:
+                    text = self.processor.tokenizer.convert_ids_to_tokens(token)
+                    raise UserError(
+                        f"The prompt has the token {text!r} of id {token}, but the model's "
+                        f"embedding has {size} rows; tokenizer and weights are not of one model."
+                    )
 
     def context_left(self, rows: Sequence[Row], room: ImageRoom) -> np.ndarray:
         """New tokens that each row has place for in the model's context: int `[rows]`.
@@ -357,11 +400,17 @@ class Engine:
             left = candidates_left(method, self.depth, layout)
         return Prompt(layout, room, schedule, left, len(rows), new_slots)
 
-    def sampling(self, asks: Sequence[Ask], batch: int) -> Sampling:
-        """What the rows of a batch ask for, on the devices."""
-        vocabulary = self.config.text_config.vocab_size
-        made = make_sampling(asks, batch=batch, vocab_size=vocabulary)
-        return Sampling(*(spread(x, self.mesh) for x in made))
+    def sampling(self, asks: Sequence[Ask], rows: Sequence[Row], *, batch: int) -> Sampling | None:
+        """What the rows of a batch ask for, on the devices; None: nothing but likeliest tokens."""
+        if all(ask.plain for ask in asks):
+            return None
+        vocabulary, image = self.config.text_config.vocab_size, self.processor.image_token_id
+        known = [] if image is None or image >= vocabulary else [image]
+        said = [[*itertools.chain(*row.pieces), *(known if row.images else [])] for row in rows]
+        made: Sampling = spread(
+            make_sampling(asks, said, batch=batch, vocab_size=vocabulary), self.mesh
+        )
+        return made
 
     def embed(self, prompt: Prompt, seen: Seen) -> Tokens:
         """A prompt as the decoder's input."""
@@ -371,15 +420,30 @@ class Engine:
         return tokens
 
     def read(
-        self, prompt: Prompt, seen: Seen, sampling: Sampling, *, greedy: bool, clock: Clock
+        self,
+        prompt: Prompt,
+        seen: Seen,
+        sampling: Sampling | None,
+        *,
+        logits: bool = False,
+        clock: Clock,
     ) -> Read:
-        """A prompt through the decoder, up to the first token of every row."""
+        """A prompt through the decoder, up to the first token of every row.
+
+        Args:
+            prompt: the rows.
+            seen: their images.
+            sampling: what they ask for.
+            logits: whether all logits are to be noted.
+            clock: of the request.
+        """
         check_memory(
             self.config,
             batch=prompt.batch,
             slots=prompt.room.slots,
             schedule=prompt.schedule,
             new_slots=prompt.new_slots,
+            logits=logits,
             batches=self.buckets.batch,
             devices=devices_sharing(self.mesh, prompt.batch),
             free=free_bytes(self.devices),
@@ -387,7 +451,7 @@ class Engine:
         next_position = spread(prompt.layout.next_position, self.mesh)
         left = spread(prompt.left, self.mesh, axis=1)
         shape = {"batch": prompt.batch, **prompt.room._asdict(), "new_tokens": prompt.new_slots}
-        with on_mesh(self.mesh), clock.stage("prefill", **shape, greedy=greedy):
+        with on_mesh(self.mesh), clock.stage("prefill", **shape, greedy=sampling is None):
             tokens = self.embed(prompt, seen)
             found: Read = stages.prefill(
                 self.arrays,
@@ -400,7 +464,7 @@ class Engine:
                 config=self.config,
                 schedule=prompt.schedule,
                 new_slots=prompt.new_slots,
-                greedy=greedy,
+                logits=logits,
             )
             return clock.wait(found)
 
@@ -410,16 +474,14 @@ class Engine:
         self,
         state: DecodeState,
         until: np.ndarray,
-        sampling: Sampling,
-        *,
-        greedy: bool,
+        sampling: Sampling | None,
         clock: Clock,
     ) -> DecodeState:
         """A state after so many tokens of every row, `[B]`: one dispatch; it takes the old one."""
         batch, new_slots = state.tokens.shape
         slots = state.caches[0].valid.shape[1] - new_slots
         shape = {"batch": batch, "slots": slots, "new_tokens": new_slots}
-        with on_mesh(self.mesh), clock.stage("decode", **shape, greedy=greedy):
+        with on_mesh(self.mesh), clock.stage("decode", **shape, greedy=sampling is None):
             written: DecodeState = stages.decode(
                 self.arrays,
                 state,
@@ -427,7 +489,6 @@ class Engine:
                 sampling,
                 self.eos,
                 config=self.config,
-                greedy=greedy,
             )
         return written
 

@@ -13,7 +13,13 @@ from jaxprune.ops.cuts import Schedule
 
 
 def request_bytes(
-    config: ModelConfig, *, batch: int, slots: int, schedule: Schedule, new_slots: int
+    config: ModelConfig,
+    *,
+    batch: int,
+    slots: int,
+    schedule: Schedule,
+    new_slots: int,
+    logits: bool = False,
 ) -> tuple[int, int]:
     """About what a prompt takes beside the weights: its caches, and a layer at work.
 
@@ -23,12 +29,14 @@ def request_bytes(
         slots: of the sequence that enters the decoder.
         schedule: what it drops.
         new_slots: room for tokens to be generated.
+        logits: whether all their logits are kept.
 
     Returns:
-        Bytes of all caches, and of the most that is alive beside them.
+        Bytes of all caches and notes, and of the most that is alive beside them.
     """
     c = config.text_config
     caches = batch * executed(config, slots, schedule, new_slots=new_slots)["cache_bytes"]
+    caches += 4 * batch * new_slots * c.vocab_size * logits
     item = np.dtype(c.dtype).itemsize
     heads = c.num_attention_heads * c.head_dim
     # The residual, its norm and the heads' inputs; then the two halves of the MLP.
@@ -40,8 +48,8 @@ def request_bytes(
     if score is not None and set(score.queries) <= {"last", "text"}:
         rows = 1 if score.queries == ("last",) else schedule.query_slots or slots
         weights = max(weights, 2 * batch * H * min(rows, slots) * slots * 4)  # once more
-    logits = 2 * batch * c.vocab_size * 4
-    return caches, max(attention + weights, mlp) + logits
+    last = 2 * batch * c.vocab_size * 4
+    return caches, max(attention + weights, mlp) + last
 
 
 def check_tower_memory(
@@ -82,6 +90,7 @@ def check_memory(
     slots: int,
     schedule: Schedule,
     new_slots: int,
+    logits: bool = False,
     batches: Sequence[int] = (),
     devices: int = 1,
     free: int | None,
@@ -89,13 +98,18 @@ def check_memory(
     """Raise `UserError` when a prompt will not fit into what is free, and say what would.
 
     Args:
-        config, batch, slots, schedule, new_slots: as for `request_bytes`.
+        config, batch, slots, schedule, new_slots, logits: as for `request_bytes`.
         batches: numbers of rows that can be asked for instead.
         devices: that share the request.
         free: bytes of each; None where that is not known.
     """
     needed = functools.partial(
-        request_bytes, config, slots=slots, schedule=schedule, new_slots=new_slots
+        request_bytes,
+        config,
+        slots=slots,
+        schedule=schedule,
+        new_slots=new_slots,
+        logits=logits,
     )
     check_fits(
         lambda number: needed(batch=number),

@@ -24,7 +24,14 @@ class RunningText:
     """
 
     def __init__(self, processor: Processor, stop: Sequence[str]) -> None:
-        self._tokenizer, self._stop = processor.tokenizer, stop
+        self._processor, self._tokenizer = processor, processor.tokenizer
+        special = {
+            text: processor.tokenizer.convert_tokens_to_ids(text)
+            for text in stop
+            if text in processor.special_tokens
+        }
+        self._stop = [text for text in stop if text not in special]
+        self._stop_ids = frozenset(special.values())
         self._ids: list[int] = []
         self._begin = self._end = 0  # the ids that the newest text was decoded from
         self._shown: list[str] = []
@@ -37,6 +44,11 @@ class RunningText:
         """What is certain so far."""
         return "".join(self._shown)
 
+    @property
+    def tokens(self) -> int:
+        """How many ids make up the text, up to the one that completes a stop string."""
+        return len(self._ids)
+
     def take(self) -> str:
         """What has become certain since the last call."""
         new = "".join(self._shown[self._taken :])
@@ -47,23 +59,44 @@ class RunningText:
         """More token ids, without the end of sequence; `last`: nothing comes after them."""
         if self.stopped:
             return
+        before = len(self._ids)
         self._ids += ids
+        ends = [
+            place for place in range(before, len(self._ids)) if self._ids[place] in self._stop_ids
+        ]
+        if ends:  # a special token, which has no text
+            del self._ids[ends[0] + 1 :]
+            last = True
         self._held += self._decoded(last)
-        if not self._shown:
-            self._held = self._held.lstrip()
         # Of several stop strings the one that is complete first, however many tokens came.
-        found = [(self._held.find(s) + len(s), self._held.find(s)) for s in self._stop]
-        found = [(end, begin) for end, begin in found if begin >= 0]
+        found = [(self._held.find(s) + len(s), self._held.find(s), s) for s in self._stop]
+        found = [one for one in found if one[1] >= 0]
+        self.stopped = bool(ends or found)
         if found:
-            self.stopped, self._held = True, self._held[: min(found)[1]]
+            _, begin, stop = min(found)
+            self._forget_behind(stop)
+            self._held = self._held[:begin]
         if last or self.stopped:
             self._show(len(self._held.rstrip()))
         else:
             self._show(min(len(self._held.rstrip()), self._before_stop()))
 
+    def _forget_behind(self, stop: str) -> None:
+        """Leave out the ids behind the one that completes a stop string."""
+        whole = len(self._ids)
+        start = max(self._begin - len(stop), 0)
+        for end in range(start, whole):
+            if stop in self._decode(start, end):
+                del self._ids[end:]
+                return
+
     def _show(self, size: int) -> None:
-        if size:
-            self._shown.append(self._held[:size])
+        """Make so much of what is held certain; an answer begins with its first letter."""
+        text = self._held[:size]
+        if not self._shown:
+            text = text.lstrip()
+        if text:
+            self._shown.append(text)
         self._held = self._held[size:]
 
     def _before_stop(self) -> int:
@@ -98,5 +131,4 @@ class RunningText:
         return bool(_BYTE.fullmatch(str(self._tokenizer.convert_ids_to_tokens(token_id))))
 
     def _decode(self, begin: int, end: int) -> str:
-        text: str = self._tokenizer.decode(self._ids[begin:end], skip_special_tokens=True)
-        return text
+        return self._processor.text_of(self._ids[begin:end])

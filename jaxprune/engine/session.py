@@ -7,13 +7,14 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from jaxprune.devices.mesh import to_host
 from jaxprune.engine.engine import NOTHING_SEEN, Clock, Engine, Prompt, Seen
 from jaxprune.engine.running_text import RunningText
 from jaxprune.engine.sampling import Ask, Sampling
 from jaxprune.engine.stages import DecodeState
+from jaxprune.errors import UserError
 from jaxprune.inputs.pixels import pixel_values, size_of
 from jaxprune.inputs.request import Request
 from jaxprune.ops.tiles import Tiling
@@ -34,10 +35,10 @@ class Session:
         prompt: the rows as the decoder read them.
         limits: int `[rows]`, new tokens of each, at most.
         sampling: what the rows ask for, on the devices.
-        greedy: whether every row takes the likeliest token.
         clock: seconds by stage.
         first_logits: float32 `[B, V]`, of the first tokens.
         survivors: who is left after each layer that drops tokens.
+        sound: bool `[B]`, whether the first logits are numbers.
         state: where decoding is.
         step: int `[rows]`, tokens generated so far, the end of sequence included.
         tokens: int32 `[rows, M]`, the answers so far.
@@ -53,11 +54,11 @@ class Session:
     seen: Seen
     prompt: Prompt
     limits: np.ndarray
-    sampling: Sampling
-    greedy: bool
+    sampling: Sampling | None
     clock: Clock
     first_logits: Float[Array, "B V"]
     survivors: tuple[tuple[Array, ...], ...]
+    sound: Bool[Array, " B"]
     state: DecodeState
 
     def __post_init__(self) -> None:
@@ -83,17 +84,24 @@ class Session:
         rows = len(self.asks)
         until[:rows] = np.where(self.resting, 0, np.minimum(self.step + tokens, self.limits))
         if (until[:rows] > self.step).any():
-            self.state = self.engine.write(
-                self.state, until, self.sampling, greedy=self.greedy, clock=self.clock
-            )
+            self.state = self.engine.write(self.state, until, self.sampling, self.clock)
         self.fetch()
 
     def fetch(self) -> None:
-        """Bring what is generated so far to the host, and its text."""
+        """Bring what is generated so far to the host, and its text.
+
+        Raises:
+            UserError: where the first logits were NaN or infinite.
+        """
         rows, state = len(self.asks), self.state
         with self.clock.stage("decode"):
-            step, tokens, lengths, done = to_host(
-                (state.step, state.tokens, state.lengths, state.done)
+            step, tokens, lengths, done, sound = to_host(
+                (state.step, state.tokens, state.lengths, state.done, self.sound)
+            )
+        if not sound[:rows].all():
+            raise UserError(
+                f"The model's logits for prompt {int(np.argmin(sound[:rows])) + 1} are NaN or "
+                f"infinite in {self.engine.config.dtype}; try dtype='float32', or sound weights."
             )
         before = self.lengths
         self.step, self.tokens, self.done = step[:rows], tokens[:rows], done[:rows]
@@ -127,6 +135,7 @@ def begin(engine: Engine, request: Request, asks: Sequence[Ask], clock: Clock) -
         engine.plan.vision.check(min(tiling.num_patches for tiling in tilings))
     batch = engine.buckets.fit("batch", len(rows))
     # Before any work on an accelerator: the part of the length that is known now.
+    engine.check_ids(rows)
     engine.context_left(rows, engine.surely(tilings))
     seen = NOTHING_SEEN
     if tilings:
@@ -146,9 +155,9 @@ def begin(engine: Engine, request: Request, asks: Sequence[Ask], clock: Clock) -
     new_slots = engine.buckets.fit("new_tokens", int(limits.max()))
     room = engine.room_of(rows, seen)
     prompt = engine.lay_out(rows, seen, room, batch=batch, new_slots=new_slots)
-    sampling = engine.sampling(asks, batch)
-    greedy = all(ask.greedy for ask in asks)
-    read = engine.read(prompt, seen, sampling, greedy=greedy, clock=clock)
+    sampling = engine.sampling(asks, rows, batch=batch)
+    logits = any(ask.logits for ask in asks)
+    read = engine.read(prompt, seen, sampling, logits=logits, clock=clock)
     return Session(
         engine=engine,
         request=request,
@@ -158,7 +167,6 @@ def begin(engine: Engine, request: Request, asks: Sequence[Ask], clock: Clock) -
         prompt=prompt,
         limits=limits,
         sampling=sampling,
-        greedy=greedy,
         clock=clock,
         **read._asdict(),
     )

@@ -17,7 +17,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxprune.engine.sampling import Sampling, next_token
+from jaxprune.engine.sampling import (
+    Noted,
+    Sampling,
+    likeliest,
+    next_token,
+    noted,
+    nothing_noted,
+    ruled,
+)
 from jaxprune.errors import UserError
 from jaxprune.methods.base import VisionMethod
 from jaxprune.models.family import Arrays, Embedded, LayerCache, ModelConfig, Prefilled
@@ -49,6 +57,7 @@ class DecodeState(NamedTuple):
         tokens: int32 `[B, M]`, the answers so far.
         lengths: int32 `[B]`, tokens of each answer, its end-of-sequence token left out.
         done: bool `[B]`.
+        notes: what is noted down of rows that ask for more than the likeliest tokens, or None.
     """
 
     token: Int[Array, " B"]
@@ -58,6 +67,7 @@ class DecodeState(NamedTuple):
     tokens: Int[Array, "B M"]
     lengths: Int[Array, " B"]
     done: Bool[Array, " B"]
+    notes: Noted | None = None
 
 
 class Read(NamedTuple):
@@ -67,11 +77,13 @@ class Read(NamedTuple):
         state: where decoding begins, with the first token.
         first_logits: float32 `[B, V]`, of that token.
         survivors: for each layer that drops tokens, who is left; see `Schedule.record`.
+        sound: bool `[B]`, whether a row's first logits are numbers, all of them.
     """
 
     state: DecodeState
     first_logits: Float[Array, "B V"]
     survivors: tuple[tuple[Array, ...], ...]
+    sound: Bool[Array, " B"]
 
 
 @functools.partial(jax.jit, static_argnames=("config", "signals"))
@@ -227,24 +239,25 @@ def embed(
     return family_of(config).embed(params, config, layout, selection)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "schedule", "new_slots", "greedy"))
+@functools.partial(jax.jit, static_argnames=("config", "schedule", "new_slots", "logits"))
 def prefill(
     params: Arrays,
     tokens: Tokens,
     counts: Int[Array, "L B"] | None,
     next_position: Int[Array, " B"],
     rows: Int[Array, ""],
-    sampling: Sampling,
+    sampling: Sampling | None,
     eos: Int[Array, " E"],
     *,
     config: ModelConfig,
     schedule: Schedule,
     new_slots: int,
-    greedy: bool,
+    logits: bool = False,
 ) -> Read:
     """The prompt through the decoder, up to the first token.
 
-    Rows from `rows` on only pad the batch and are done from the start.
+    Rows from `rows` on only pad the batch and are done from the start. Without `sampling` the
+    likeliest token is taken; with `logits` all logits are noted.
     """
     model = family_of(config)
     prefilled = model.prefill(
@@ -254,7 +267,7 @@ def prefill(
     # The last token is never dropped: it is in the last slot in use, whatever went before it.
     last = jnp.max(jnp.where(prefilled.tokens.valid, jnp.arange(slots), 0), axis=-1)
     hidden = jnp.take_along_axis(prefilled.tokens.x, last[:, None, None], axis=1)[:, 0]
-    logits = model.logits(params, config, hidden)
+    first = model.logits(params, config, hidden)
     nothing = jnp.zeros(batch, jnp.int32)
     state = DecodeState(
         token=nothing,
@@ -264,21 +277,21 @@ def prefill(
         tokens=jnp.zeros((batch, new_slots), jnp.int32),
         lengths=nothing,
         done=jnp.arange(batch) >= rows,
+        notes=None if sampling is None else nothing_noted(sampling, new_slots, logits=logits),
     )
-    state = _append(state, ~state.done, logits, sampling, eos, greedy=greedy)
-    return Read(state, logits, prefilled.records)
+    state = _append(state, ~state.done, first, sampling, eos)
+    return Read(state, first, prefilled.records, jnp.isfinite(first).all(axis=-1))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "greedy"), donate_argnames=("state",))
+@functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("state",))
 def decode(
     params: Arrays,
     state: DecodeState,
     until: Int[Array, " B"],
-    sampling: Sampling,
+    sampling: Sampling | None,
     eos: Int[Array, " E"],
     *,
     config: ModelConfig,
-    greedy: bool,
 ) -> DecodeState:
     """Single steps until every row is done or has its `until` tokens."""
 
@@ -291,7 +304,7 @@ def decode(
             params, config, state.token, state.positions, state.caches, state.step - 1, go
         )
         state = state._replace(caches=caches)
-        return _append(state, go, logits, sampling, eos, greedy=greedy)
+        return _append(state, go, logits, sampling, eos)
 
     return jax.lax.while_loop(lambda state: jnp.any(active(state)), step, state)
 
@@ -300,13 +313,15 @@ def _append(
     state: DecodeState,
     active: Bool[Array, " B"],
     logits: Float[Array, "B V"],
-    sampling: Sampling,
+    sampling: Sampling | None,
     eos: Int[Array, " E"],
-    *,
-    greedy: bool,
 ) -> DecodeState:
-    """Draw the next token of every row that is active."""
-    drawn = next_token(logits, sampling, state.step, greedy=greedy)
+    """Take the next token of every row that is active."""
+    if sampling is None or state.notes is None:
+        drawn = likeliest(logits)
+    else:
+        allowed = ruled(logits, sampling, state.notes.said, state.step, eos)
+        drawn = next_token(allowed, sampling, state.step)
     token = jnp.where(active, drawn, state.token)
     ended = active & jnp.any(drawn[:, None] == eos, axis=-1)
     rows = jnp.arange(len(token))
@@ -319,6 +334,7 @@ def _append(
         tokens=state.tokens.at[rows, at].set(token, mode="drop"),
         lengths=state.lengths + (active & ~ended),
         done=state.done | ended,
+        notes=None if state.notes is None else noted(state.notes, logits, token, at),
     )
 
 

@@ -212,11 +212,12 @@ class _WarmUp:
                 self._answer(prompt, seen, greedy)
 
     def _answer(self, prompt: Prompt, seen: Seen, greedy: bool) -> None:
-        sampling = self.engine.sampling([Ask()] * prompt.batch, prompt.batch)
-        state = self.engine.read(prompt, seen, sampling, greedy=greedy, clock=Clock()).state
+        ask = Ask() if greedy else Ask(temperature=1.0)
+        sampling = self.engine.sampling([ask], [], batch=prompt.batch)
+        state = self.engine.read(prompt, seen, sampling, clock=Clock()).state
         until = np.ones(prompt.batch, int)
         for _ in range(2):  # on a mesh, its own result may lie otherwise than prefill's
-            state = self.engine.write(state, until, sampling, greedy=greedy, clock=Clock())
+            state = self.engine.write(state, until, sampling, Clock())
         to_host((state.step, state.tokens, state.lengths, state.done))  # as a request does
         self.done += 1
 

@@ -1,13 +1,21 @@
 """Images as users have them -> RGB images. Files are data: broken ones are refused."""
 
+import base64
+import http.client
+import io
+import os
 import pathlib
+import time
+import urllib.parse
+import urllib.request
 import warnings
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from jaxprune.errors import UserError
+from jaxprune.errors import UserError, check_whole, is_number
+from jaxprune.files import as_path
 
 MAX_PIXELS = 89_478_485
 """Pillow's own bound (a quarter of a gigabyte at 3 bytes); larger images are refused."""
@@ -18,66 +26,137 @@ centre crop would throw away anyway, but at the size of the resized strip."""
 
 
 def load_image(image: Any) -> Image.Image:
-    """A path, PIL image or uint8 array `[H, W]`, `[H, W, 1]`, `[H, W, 3]` or `[H, W, 4]`, as RGB.
+    """An image of any form as RGB.
+
+    Args:
+        image: a path, a "file:" or "data:" URL, the bytes of a file, a file opened for reading
+            bytes, a PIL image, or a uint8 array `[H, W]`, `[H, W, 1]`, `[H, W, 3]` or
+            `[H, W, 4]`. Nothing is fetched; for that there is `fetch_image`.
 
     Animations give their first frame; 16-bit images are scaled to 8, floats in [0, 1] to 255;
     CMYK, palette and grey images are converted; transparency is dropped, as `transformers`
-    does; a file's EXIF orientation is applied.
+    does with files; EXIF orientation is applied.
 
     Raises:
         UserError: for what is no image, is damaged, or is larger than `MAX_PIXELS`.
     """
-    if isinstance(image, str | pathlib.Path):
-        return _to_rgb(_open(image))
     if isinstance(image, Image.Image):
-        _check_size(image, "The image")
-        try:
-            return _to_rgb(image)
-        except Exception as error:  # a PIL image reads its file late, and may fail in many ways
-            raise UserError(f"The PIL image cannot be read ({error}); open it again.") from None
+        return _decoded(image, "The PIL image", "open it again")
+    if isinstance(image, bytes | bytearray | memoryview):
+        return _opened(io.BytesIO(image), f"The image of {len(image)} bytes")
+    if isinstance(image, str) and image.startswith("data:"):
+        return load_image(_data_of(image))
+    if isinstance(image, str | os.PathLike):
+        return _from_path(image)
     if isinstance(image, np.ndarray) or hasattr(image, "__array__"):
         try:
             array = np.asarray(image)
         except Exception as error:  # whatever the array's own library raises
             raise UserError(f"image does not become a NumPy array ({error}).") from None
         return _from_array(array)
+    if hasattr(image, "read"):
+        try:
+            content = image.read()
+        except Exception as error:  # whatever the file's own library raises
+            raise UserError(f"The image's file cannot be read ({error}).") from None
+        if not isinstance(content, bytes):
+            raise UserError("The image's file gives text; open it in binary mode.")
+        return load_image(content)
     raise UserError(
-        f"image is a {type(image).__name__}; expected a path, a PIL image or a uint8 array."
+        f"image is a {type(image).__name__}; expected a path, bytes, a PIL image or a uint8 array."
     )
 
 
-def _open(name: str | pathlib.Path) -> Image.Image:
-    if str(name).startswith(("http:/", "https:/")):
-        raise UserError(f"{str(name)[:200]} is a URL; download the image, nothing is fetched here.")
+def fetch_image(url: str, *, timeout: float = 10.0, most_bytes: int = 50_000_000) -> Image.Image:
+    """An image from the web, which nothing else here fetches.
+
+    Args:
+        url: "http:" or "https:".
+        timeout: seconds that it may take in all.
+        most_bytes: that it may have.
+
+    Raises:
+        UserError: for anything but an image that comes in time.
+    """
+    if not isinstance(url, str) or not url.startswith(_WEB):
+        raise UserError(f"url is {url!r}; expected one that starts with http:// or https://.")
+    if not is_number(timeout) or timeout <= 0:
+        raise UserError(f"timeout is {timeout!r}; expected seconds above 0.")
+    check_whole("most_bytes", most_bytes)
+    began, content = time.monotonic(), bytearray()
     try:
-        path = pathlib.Path(name).expanduser()
-        if not path.is_file():
-            what = "is a directory" if path.is_dir() else "does not exist"
-            raise UserError(f"The image {path} {what}; expected an image file.")
-    except UserError:
-        raise
-    except (OSError, RuntimeError, ValueError):  # too long, no such home, a null character
-        raise UserError(f"{str(name)[:60]!r} is not a path; expected an image file.") from None
+        with urllib.request.urlopen(url, timeout=timeout) as answer:
+            while part := answer.read(1 << 16):
+                content += part
+                if len(content) > most_bytes:
+                    raise UserError(f"{url} has over {most_bytes:,} bytes; raise most_bytes.")
+                if time.monotonic() - began > timeout:
+                    raise TimeoutError(f"over {timeout:g} s")
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{url} cannot be fetched ({error}).") from None
+    return load_image(bytes(content))
+
+
+_WEB = ("http://", "https://")
+
+
+def _data_of(url: str) -> bytes:
+    """The bytes of a "data:" URL."""
+    head, comma, written = url.partition(",")
+    try:
+        if not comma:
+            raise ValueError("it has no comma")
+        if head.endswith(";base64"):
+            return base64.b64decode("".join(urllib.parse.unquote(written).split()), validate=True)
+        return urllib.parse.unquote_to_bytes(written)
+    except ValueError as error:
+        raise UserError(f"The image's data: URL cannot be read ({error}).") from None
+
+
+def _from_path(name: str | os.PathLike[str]) -> Image.Image:
+    if str(name).startswith(("http:/", "https:/")):
+        raise UserError(
+            f"{str(name)[:200]} is a URL, and nothing is fetched here; download the image, or pass "
+            "jaxprune.fetch_image(url)."
+        )
+    if isinstance(name, str) and name.startswith("file:"):
+        name = urllib.request.url2pathname(urllib.parse.urlparse(name).path)
+    path = as_path(name, "The image")
+    if not path.is_file():
+        what = "is a directory" if path.is_dir() else "does not exist"
+        raise UserError(f"The image {path} {what}; expected an image file.")
+    return _opened(path, f"The image {path}")
+
+
+def _opened(file: pathlib.Path | io.BytesIO, name: str) -> Image.Image:
+    """The image of a file."""
     try:
         with warnings.catch_warnings():
             # Pillow warns of what _check_size refuses.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(path)
-        with image:
-            _check_size(image, str(path))
-            image.load()
-            return ImageOps.exif_transpose(image)
+            image = Image.open(file)
+    except Image.DecompressionBombError:
+        raise UserError(f"{name} has far over {MAX_PIXELS:,} pixels; reduce it first.") from None
+    except UnidentifiedImageError:
+        size = len(file.getbuffer()) if isinstance(file, io.BytesIO) else file.stat().st_size
+        raise UserError(f"{name} ({size} bytes) is not an image that Pillow can read.") from None
+    except Exception as error:  # Pillow's decoders raise many types on damaged files
+        raise UserError(f"{name} is damaged ({error}); save it again.") from None
+    with image:
+        return _decoded(image, name, "save it again")
+
+
+def _decoded(image: Image.Image, name: str, advice: str) -> Image.Image:
+    _check_size(image, name)
+    try:
+        image.load()
+        return _to_rgb(ImageOps.exif_transpose(image))
     except UserError:
         raise
-    except Image.DecompressionBombError:
-        raise UserError(
-            f"The image {path} has far over {MAX_PIXELS:,} pixels; reduce it first."
-        ) from None
-    except UnidentifiedImageError:
-        size = path.stat().st_size
-        raise UserError(f"{path} ({size} bytes) is not an image that Pillow can read.") from None
-    except Exception as error:  # Pillow's decoders raise many types on damaged files
-        raise UserError(f"The image {path} is damaged ({error}); save it again.") from None
+    except Exception as error:  # Pillow reads late, and fails in many ways on damaged files
+        raise UserError(f"{name} is damaged ({error}); {advice}.") from None
 
 
 def _check_size(image: Image.Image, name: str) -> None:
@@ -94,6 +173,8 @@ def _check_size(image: Image.Image, name: str) -> None:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F" or image.mode.startswith("I"):
         levels = np.asarray(image, np.float64)
+        if not np.isfinite(levels).all():
+            raise UserError("The image holds NaN or infinity; repair it.")
         most = levels.max(initial=0)
         if image.mode.startswith("I;16") or most > 255:
             levels = levels / 257  # 16 bits, which Pillow would clip rather than scale

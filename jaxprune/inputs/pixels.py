@@ -1,14 +1,15 @@
 """RGB images -> the pixels that a vision tower takes."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
-from jaxprune.errors import UserError
+from jaxprune.errors import UserError, first_line, is_whole
 from jaxprune.inputs.images import crop_strip
-from jaxprune.inputs.processor import Processor, first_line
+from jaxprune.inputs.processor import Processor
 from jaxprune.models.family import ModelConfig
 from jaxprune.ops.tiles import VisualSize
 
@@ -18,6 +19,17 @@ MOST_ENLARGED = 16  # sides of a tile that an image may be resized to before it 
 def size_of(image: Image.Image) -> VisualSize:
     """The pixels of an image, as a config's `tiling` asks for them."""
     return VisualSize(image.height, image.width)
+
+
+def _whole_numbers(fields: Any) -> Iterator[int]:
+    """Every whole number of nested settings: among them all sizes that images are brought to."""
+    if isinstance(fields, Mapping):
+        fields = list(fields.values())
+    if isinstance(fields, list | tuple):
+        for part in fields:
+            yield from _whole_numbers(part)
+    elif is_whole(fields):
+        yield fields
 
 
 def pixel_values(
@@ -31,12 +43,11 @@ def pixel_values(
         UserError: when the processor's tiles are not what the vision tower takes.
     """
     size = config.tower.tile_size
-    asked = getattr(processor.image_processor, "size", None) or {}
-    largest = max((n for n in dict(asked).values() if isinstance(n, int)), default=0)
+    largest = max(_whole_numbers(processor.image_processor.to_dict()), default=0)
     if largest > MOST_ENLARGED * size:
         raise UserError(
-            f"preprocessor_config.json resizes images to {largest} pixels, but the vision tower "
-            f"takes {size}; it is of another model."
+            f"The image processor's file speaks of {largest} pixels, but the vision tower takes "
+            f"{size}; it is of another model."
         )
     tiles: list[np.ndarray] = []
     for image in images:

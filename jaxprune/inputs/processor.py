@@ -5,12 +5,17 @@ import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from jaxprune.errors import UserError
+from jaxprune.errors import LARGEST, UserError, UserNote, first_line, is_whole
 from jaxprune.files import read_json
+from jaxprune.inputs.template import ChatTemplate
 from jaxprune.models.family import IMAGE_PLACEHOLDER, Family, ModelConfig
+
+SHIPPED = pathlib.Path(__file__).parents[1] / "assets" / "small_llava"
+"""The model that comes with this library, whose template is its own."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -20,24 +25,72 @@ class Processor:
     Attributes:
         tokenizer: a `transformers` tokenizer.
         image_processor: a `transformers` image processor of the PIL backend.
-        chat_template: Jinja template of the directory, or the family's own.
+        template: the chat template of the directory, or the family's own.
         eos_token_ids: what ends an answer.
         directory: where it came from; export copies its files.
         around_images: text in front of each image's tokens and after them.
+        defaults: what the directory says of how to generate, by the names of `Ask`.
     """
 
     tokenizer: Any
     image_processor: Any
-    chat_template: str
+    template: ChatTemplate
     eos_token_ids: tuple[int, ...]
     directory: pathlib.Path | None = None
     around_images: tuple[str, str] = ("", "")
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def ids_of(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+        """The token ids of a text.
+
+        Raises:
+            UserError: where the tokenizer's files are such that it fails.
+        """
+        with _told_of_tokenizer():
+            ids: list[int] = self.tokenizer(text, add_special_tokens=add_special_tokens)[
+                "input_ids"
+            ]
+            return ids
+
+    def text_of(self, ids: Sequence[int]) -> str:
+        """The text of token ids, special ones left out.
+
+        Raises:
+            UserError: where the tokenizer's files are such that it fails.
+        """
+        with _told_of_tokenizer():
+            text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
+            return text
 
     @functools.cached_property
     def image_token_id(self) -> int | None:
         """The id of "<image>", or None for a tokenizer that does not know it."""
         found: int | None = self.tokenizer.get_vocab().get(IMAGE_PLACEHOLDER)
         return found
+
+    @functools.cached_property
+    def placeholder_as_text(self) -> list[int]:
+        """The ids of "<image>" as a tokenizer would have it that does not know it."""
+
+        def behind(before: str, text: str) -> list[int]:
+            return self.ids_of(before + text)[len(self.ids_of(before)) :]
+
+        return behind("a", IMAGE_PLACEHOLDER[:-1]) + behind("e", IMAGE_PLACEHOLDER[-1])
+
+    @functools.cached_property
+    def special_tokens(self) -> tuple[str, ...]:
+        """The texts that the tokenizer does not take for text."""
+        added = self.tokenizer.added_tokens_decoder.values()
+        found = {str(token) for token in added if token.special} | {
+            *self.tokenizer.all_special_tokens
+        }
+        return tuple(sorted(found, key=len, reverse=True))
+
+    @functools.cached_property
+    def adds_bos(self) -> bool:
+        """Whether the tokenizer puts its beginning of sequence in front of a text."""
+        bos = self.tokenizer.bos_token_id
+        return bos is not None and self.ids_of("a", add_special_tokens=True)[:1] == [bos]
 
 
 def load_processor(
@@ -56,7 +109,11 @@ def load_processor(
         UserError: when a part is missing or damaged.
     """
     with _no_advice():  # imported here because it takes seconds
-        from transformers import AutoImageProcessor, AutoTokenizer, LlamaTokenizer
+        from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, LlamaTokenizer
+    # So that transformers does not read config.json once more, by rules of its own.
+    kind: dict[str, Any] = (
+        {} if original is not None else {"config": AutoConfig.for_model(family.name)}
+    )
 
     # AutoTokenizer leaves out the space in front of a text where it builds the tokenizer of
     # a "llava" from tokenizer.model; LLaMA's own class does not.
@@ -65,7 +122,7 @@ def load_processor(
     tokenizer_class = LlamaTokenizer if from_model else AutoTokenizer
     try:
         tokenizer = tokenizer_class.from_pretrained(
-            str(directory), local_files_only=True, trust_remote_code=False
+            str(directory), local_files_only=True, trust_remote_code=False, **kind
         )
     except Exception as error:  # transformers raises many types for missing or odd files
         raise UserError(
@@ -80,7 +137,11 @@ def load_processor(
     else:
         try:
             image_processor = AutoImageProcessor.from_pretrained(
-                str(directory), local_files_only=True, trust_remote_code=False, backend="pil"
+                str(directory),
+                local_files_only=True,
+                trust_remote_code=False,
+                backend="pil",
+                **kind,
             )
         except Exception as error:
             raise UserError(
@@ -90,11 +151,26 @@ def load_processor(
     return Processor(
         tokenizer=tokenizer,
         image_processor=image_processor,
-        chat_template=_chat_template(directory, tokenizer, family, original=original is not None),
+        template=_chat_template(directory, tokenizer, family, original=original is not None),
         eos_token_ids=_eos_token_ids(directory, tokenizer),
         directory=directory,
         around_images=family.prompts.around_images,
+        defaults=_generation_defaults(directory),
     )
+
+
+@contextlib.contextmanager
+def _told_of_tokenizer() -> Iterator[None]:
+    """A `UserError` for whatever a tokenizer does instead of its work; it may even panic."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # Rust's panics are no Exception
+        raise UserError(
+            f"The tokenizer fails ({first_line(error)}); check tokenizer.json and "
+            "tokenizer_config.json."
+        ) from None
 
 
 @contextlib.contextmanager
@@ -114,32 +190,96 @@ def _no_advice() -> Iterator[None]:
 
 def _chat_template(
     directory: pathlib.Path, tokenizer: Any, family: Family, *, original: bool
-) -> str:
-    if (directory / "chat_template.jinja").is_file():
-        return (directory / "chat_template.jinja").read_text(encoding="utf-8")
-    for name in ("chat_template.json", "processor_config.json"):
-        if (directory / name).is_file():
-            template = read_json(directory / name).get("chat_template")
-            if isinstance(template, str):
-                return template
-    if isinstance(tokenizer.chat_template, str):
-        return tokenizer.chat_template
+) -> ChatTemplate:
+    """The template that `transformers` 5 takes; else the tokenizer's, else the family's."""
+    variables = dict(tokenizer.special_tokens_map)
+    text = _stored_template(directory) or _default_of(tokenizer.chat_template)
+    if text is not None:
+        return ChatTemplate(text, variables, trusted=directory == SHIPPED)
     fields = read_json(directory / "config.json") if (directory / "config.json").is_file() else {}
-    text = fields.get("text_config")
-    named = fields if original or not isinstance(text, dict) else text
-    return family.prompts.template(
-        str(named.get("model_type")), original=original, end=tokenizer.eos_token or ""
+    decoder = fields.get("text_config")
+    named = fields if original or not isinstance(decoder, dict) else decoder
+    own = family.prompts.template(
+        str(named.get("model_type")),
+        original=original,
+        end=tokenizer.eos_token or "",
+        vocabulary=tokenizer.get_vocab(),
     )
+    return ChatTemplate(own, variables, trusted=True)
+
+
+def _stored_template(directory: pathlib.Path) -> str | None:
+    for name in ("processor_config.json", "chat_template.json"):
+        if (directory / name).is_file():
+            found = _default_of(read_json(directory / name).get("chat_template"))
+            if found is not None:
+                return found
+    for path in (
+        directory / "chat_template.jinja",
+        directory / "additional_chat_templates" / "default.jinja",
+    ):
+        if path.is_file():
+            try:
+                return path.read_text(encoding="utf-8")
+            except (OSError, ValueError) as error:
+                raise UserError(f"{path} cannot be read as text ({first_line(error)}).") from None
+    return None
+
+
+def _default_of(template: Any) -> str | None:
+    """A template, or of several named ones the default."""
+    if isinstance(template, list):
+        template = {x.get("name"): x.get("template") for x in template if isinstance(x, dict)}
+    if isinstance(template, dict):
+        template = template.get("default")
+    return template if isinstance(template, str) else None
 
 
 def _eos_token_ids(directory: pathlib.Path, tokenizer: Any) -> tuple[int, ...]:
-    found: list[Any] = [tokenizer.eos_token_id]
-    if (directory / "generation_config.json").is_file():
-        listed = read_json(directory / "generation_config.json").get("eos_token_id")
-        found += listed if isinstance(listed, list) else [listed]
-    return tuple(sorted({token for token in found if isinstance(token, int)}))
+    """What ends an answer: as generation_config.json says, else config.json, else the tokenizer."""
+    for where, fields in _generation_fields(directory):
+        listed = fields.get("eos_token_id")
+        if listed is None:
+            continue
+        ids = listed if isinstance(listed, list) else [listed]
+        for token in ids:
+            if not is_whole(token) or abs(token) > LARGEST:
+                raise UserError(f"{where} has eos_token_id={listed!r}; expected ids of tokens.")
+        return tuple(sorted(set(ids)))
+    return () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
 
 
-def first_line(error: Exception) -> str:
-    """What an error says first."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+_DEFAULTS = ("repetition_penalty", "min_new_tokens", "suppress_tokens", "begin_suppress_tokens")
+# Fields of a generation_config.json that would change an answer in transformers, and not here.
+_OTHERS = """
+    do_sample num_beams num_beam_groups penalty_alpha no_repeat_ngram_size bad_words_ids min_length
+    encoder_repetition_penalty encoder_no_repeat_ngram_size forced_bos_token_id
+    forced_eos_token_id exponential_decay_length_penalty sequence_bias guidance_scale
+    diversity_penalty constraints force_words_ids stop_strings prompt_lookup_num_tokens
+""".split()  # noqa: SIM905  one a word reads better
+
+
+def _generation_defaults(directory: pathlib.Path) -> dict[str, Any]:
+    """The settings of generation_config.json that act here too; a warning names the others."""
+    path = directory / "generation_config.json"
+    fields = read_json(path) if path.is_file() else {}
+    usual: tuple[Any, ...] = (None, False, 0, 1, [], {})
+    others = [n for n in _OTHERS if fields.get(n) is True or fields.get(n) not in usual]
+    if others:
+        warnings.warn(
+            f"{path} sets {', '.join(others)}, which does not act here: an answer is the likeliest "
+            "unless generate is told otherwise.",
+            UserNote,
+            stacklevel=4,
+        )
+    return {name: fields[name] for name in _DEFAULTS if fields.get(name) is not None}
+
+
+def _generation_fields(directory: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Where `transformers` looks for how to generate, in its order."""
+    for name in ("generation_config.json", "config.json"):
+        if (directory / name).is_file():
+            fields = read_json(directory / name)
+            yield name, fields
+            if isinstance(fields.get("text_config"), dict):
+                yield f"{name}, text_config", fields["text_config"]

@@ -1,6 +1,13 @@
-"""Prompts: conversations -> text -> token ids around the images, and token ids -> text."""
+"""Prompts: conversations -> text -> token ids around the images.
 
-from collections.abc import Mapping, Sequence
+A conversation's messages hold text, or parts: texts and images in any order. An image stands
+where its part is, where a user's plain text says "<image>", or else in front. Everywhere else
+"<image>" is text: in parts, in what the assistant said, beside parts that are images, and where
+it is written "\\<image>".
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxprune.errors import UserError
@@ -9,159 +16,271 @@ from jaxprune.models.family import IMAGE_PLACEHOLDER
 
 Message = Mapping[str, Any]
 
+AS_TEXT = "\U0010fffdimage\U0010fffd"
+"""What stands for "<image>" that is text, until all that is an image is found."""
+ESCAPED = "\\" + IMAGE_PLACEHOLDER
+ZERO_WIDTH = "\u200b"
 
-def as_messages(prompt: Any, num_images: int) -> list[Message]:
-    """A prompt string or a conversation, as a conversation that ends with the user.
+_ROLES = ("system", "user", "assistant")
+_SOURCES = ("image", "path", "url", "base64", "image_url")  # a part's key for its own image
+_SLOT = re.compile(f"{re.escape(IMAGE_PLACEHOLDER)}|{AS_TEXT}")
+
+
+def as_messages(
+    prompt: Any, images: Sequence[Any], *, special_tokens: Sequence[str] = ()
+) -> tuple[list[Message], list[Any]]:
+    """A prompt string or a conversation, as messages of parts, and its images in their order.
 
     Args:
-        prompt: text, or messages {"role", "content"} whose content is text or a list of
-            parts {"type": "text", "text": ...} and {"type": "image"}.
-        num_images: images that go with it. Where the prompt has no placeholder they stand
-            in front of the first user message.
+        prompt: text, or messages {"role", "content"} whose content is text or a list of parts
+            {"type": "text", "text": ...} and {"type": "image"}. An image part may bring its
+            image as "image", "path", "url", "base64" or OpenAI's "image_url". All other keys
+            of messages and parts are for the chat template.
+        images: for the places that do not bring their own.
+        special_tokens: texts that are broken by a space of no width wherever they are said.
 
     Raises:
-        UserError: for an empty or malformed prompt.
+        UserError: for an empty or malformed prompt, or images that are not as many as places.
     """
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    texts = [message_text(message) for message in messages]
     for message in messages:
-        if message["role"] not in ("system", "user", "assistant"):
-            raise UserError(
-                f"A message has role {message['role']!r}; expected system, user or assistant."
-            )
+        _check(message)
     if not messages or messages[-1]["role"] != "user":
         raise UserError("The conversation does not end with a user message; add the question.")
-    flat: list[Message] = [
-        {**message, "content": text} for message, text in zip(messages, texts, strict=True)
-    ]
-    if not flat[-1]["content"].replace(IMAGE_PLACEHOLDER, "").strip():
+    placed = any(_is_image(part) for message in messages for part in _parts(message))
+    found: list[Message] = []
+    for message in messages:
+        text_only = placed or message["role"] != "user" or not isinstance(message["content"], str)
+        parts = []
+        for part in _parts(message):
+            if not _is_image(part):
+                text = _escaped(part["text"], text_only=text_only)
+                for token in special_tokens:
+                    if token != IMAGE_PLACEHOLDER:
+                        text = text.replace(token, token[:1] + ZERO_WIDTH + token[1:])
+                part = {**part, "text": text}
+            parts.append(part)
+        if isinstance(message["content"], str):
+            parts = _in_front(parts[0]["text"])
+        found.append({**message, "content": parts})
+    texts = [part["text"] for part in found[-1]["content"] if not _is_image(part)]
+    if not "".join(texts).replace(IMAGE_PLACEHOLDER, "").strip():
         raise UserError("The prompt is empty; ask something about the image.")
-    found = sum(message["content"].count(IMAGE_PLACEHOLDER) for message in flat)
-    if found:
-        check_placeholders(found, num_images)
-    elif num_images:
-        first = next(i for i, m in enumerate(flat) if m["role"] == "user")
-        front = (IMAGE_PLACEHOLDER + "\n") * num_images
-        flat[first] = {**flat[first], "content": front + flat[first]["content"]}
-    return flat
+    if images and not _places(found):
+        first = next(i for i, message in enumerate(found) if message["role"] == "user")
+        front = [{"type": "image"}] * len(images)
+        found[first] = {**found[first], "content": [*front, *found[first]["content"]]}
+    return _with_images(found, images)
 
 
-def question_of(prompt: Any) -> str:
-    """What the user asks last, without placeholders; "" for what is no prompt."""
-    if isinstance(prompt, str):
-        text = prompt
-    else:
-        last = prompt[-1] if isinstance(prompt, Sequence) and prompt else {}
-        text = message_text(last) if isinstance(last, Mapping) and "content" in last else ""
-    return text.replace(IMAGE_PLACEHOLDER, " ").strip()
-
-
-def message_text(message: Any) -> str:
-    """The content of a message as text, with a placeholder where an image part stands.
-
-    Raises:
-        UserError: for a malformed message.
-    """
+def _check(message: Any) -> None:
+    """Raise `UserError` for a malformed message."""
     if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
         raise UserError(f"A message is {message!r}; expected a dict with 'role' and 'content'.")
-    content = message["content"]
-    if isinstance(content, str):
-        return content
-    pieces = []
-    for part in content if isinstance(content, Sequence) else [content]:
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind == "image":
-            pieces.append(IMAGE_PLACEHOLDER + "\n")
-        elif kind == "text" and isinstance(part.get("text"), str):
-            pieces.append(part["text"])
-        else:
+    if message["role"] not in _ROLES:
+        raise UserError(
+            f"A message has role {message['role']!r}; expected system, user or assistant."
+        )
+    for part in _parts(message):
+        text = isinstance(part, Mapping) and isinstance(part.get("text"), str)
+        if not _is_image(part) and not (text and part.get("type", "text") == "text"):
             raise UserError(
                 f"A message has the content {part!r}; expected text, or parts "
                 "{'type': 'text', 'text': ...} and {'type': 'image'}."
             )
-    return "".join(pieces)
 
 
-def render(processor: Processor, messages: Sequence[Message]) -> str:
-    """The conversation as one string, up to where the model is to answer."""
-    as_parts = [{**m, "content": _as_parts(m["content"])} for m in messages]
-    wanted = sum(m["content"].count(IMAGE_PLACEHOLDER) for m in messages)
-    question = as_parts[-1]["content"][-1]["text"].strip()
-    # A processor's template takes parts, a text tokenizer's takes strings.
-    problem: Exception | None = None
-    for candidate in (as_parts, list(messages)):
-        try:
-            text: str = processor.tokenizer.apply_chat_template(
-                candidate,
-                chat_template=processor.chat_template,
-                tokenize=False,
-                add_generation_prompt=True,
-            )
-        except Exception as error:  # whatever a template raises, of its own or Jinja's
-            problem = error
-            continue
-        # A template for strings would spell the parts out as Python.
-        spelled = "{'type'" in text and "{'type'" not in question
-        if text.count(IMAGE_PLACEHOLDER) == wanted and question in text and not spelled:
-            return text
-    raise UserError(
-        "The model's chat template cannot render this conversation "
-        f"({problem or 'parts are lost'}); pass the whole prompt yourself, with chat=False."
-    )
+def _parts(message: Message) -> list[Any]:
+    content = message["content"]
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    return list(content) if isinstance(content, Sequence) else [content]
 
 
-def _as_parts(content: str) -> list[dict[str, str]]:
-    """Images in front as parts of their own; text with images between words as it is.
+def _is_image(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("type") in ("image", "image_url")
+
+
+def _escaped(text: str, *, text_only: bool) -> str:
+    """A text in which "<image>" is left where it is an image's place."""
+    text = text.replace(ESCAPED, AS_TEXT)
+    return text.replace(IMAGE_PLACEHOLDER, AS_TEXT) if text_only else text
+
+
+def _in_front(text: str) -> list[dict[str, str]]:
+    """Images in front of a text as parts of their own; a text with images between as it is.
 
     Templates put image parts first, each with a line break, so only those that are there
     anyway may be parts.
     """
-    rest, images = content, 0
+    rest, images = text, 0
     while rest.startswith(IMAGE_PLACEHOLDER + "\n"):
         rest = rest.removeprefix(IMAGE_PLACEHOLDER + "\n")
         images += 1
     if IMAGE_PLACEHOLDER in rest:
-        rest, images = content, 0
+        rest, images = text, 0
     return [{"type": "image"}] * images + [{"type": "text", "text": rest}]
+
+
+def _places(messages: Sequence[Message]) -> Iterator[Any] | list[Any]:
+    """The places of images: an image part, or None for one within a text."""
+    found: list[Any] = []
+    for message in messages:
+        for part in message["content"]:
+            found += [part] if _is_image(part) else [None] * part["text"].count(IMAGE_PLACEHOLDER)
+    return found
+
+
+def _with_images(
+    messages: Sequence[Message], images: Sequence[Any]
+) -> tuple[list[Message], list[Any]]:
+    """The messages with image parts as templates know them, and the image of every place."""
+    places = list(_places(messages))
+    own = [None if place is None else source(place) for place in places]
+    check_placeholders(sum(image is None for image in own), len(images))
+    rest = iter(images)
+    plain: list[Message] = [
+        {
+            **message,
+            "content": [
+                {**_without(part, _SOURCES), "type": "image"} if _is_image(part) else part
+                for part in message["content"]
+            ],
+        }
+        for message in messages
+    ]
+    return plain, [next(rest) if image is None else image for image in own]
+
+
+def _without(part: Message, names: Sequence[str]) -> dict[str, Any]:
+    return {name: value for name, value in part.items() if name not in names}
+
+
+def source(part: Message) -> Any:
+    """The image that a part brings, as `load_image` takes it; None for one that brings none."""
+    for name in _SOURCES:
+        value = part.get(name)
+        if isinstance(value, Mapping):  # OpenAI's {"url": ..., "detail": ...}
+            value = value.get("url")
+        if value is not None:
+            return f"data:;base64,{value}" if name == "base64" else value
+    return None
+
+
+def num_places(prompt: Any) -> int:
+    """How many images a prompt has places for that do not bring their own."""
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    for message in messages:
+        _check(message)
+    parts = [(message, part) for message in messages for part in _parts(message)]
+    images = [part for _, part in parts if _is_image(part)]
+    if images:
+        return sum(source(part) is None for part in images)
+    plain = (m["content"] for m in messages if m["role"] == "user")
+    texts = (text.replace(ESCAPED, "") for text in plain if isinstance(text, str))
+    return sum(text.count(IMAGE_PLACEHOLDER) for text in texts)
+
+
+def question_of(prompt: Any) -> str:
+    """What the user asks last, without places of images; "" for what is no prompt."""
+    if isinstance(prompt, str):
+        text = _escaped(prompt, text_only=False).replace(IMAGE_PLACEHOLDER, " ")
+        return text.replace(AS_TEXT, IMAGE_PLACEHOLDER).strip()
+    last = prompt[-1] if isinstance(prompt, Sequence) and prompt else {}
+    if not isinstance(last, Mapping) or "content" not in last:
+        return ""
+    if isinstance(last["content"], str):
+        return question_of(last["content"])
+    texts = [p.get("text") for p in _parts(last) if isinstance(p, Mapping) and not _is_image(p)]
+    return " ".join(text for text in texts if isinstance(text, str)).strip()
+
+
+def render(processor: Processor, messages: Sequence[Message]) -> str:
+    """The conversation as one string, up to where the model is to answer.
+
+    Args:
+        processor: with the chat template.
+        messages: as `as_messages` gives them.
+
+    Raises:
+        UserError: for what the template cannot render.
+    """
+    wanted = len(list(_places(messages)))
+    if processor.template.takes_parts:
+        text = processor.template.render(messages)
+    else:
+        text = processor.template.render([{**m, "content": _flat(m["content"])} for m in messages])
+    if text.count(IMAGE_PLACEHOLDER) != wanted:
+        raise UserError(
+            f"The model's chat template makes {text.count(IMAGE_PLACEHOLDER)} places for "
+            f"{wanted} image(s); pass the whole prompt yourself, with chat=False."
+        )
+    return text
+
+
+def _flat(parts: Sequence[Mapping[str, Any]]) -> str:
+    """Parts as a text, for a template that takes strings."""
+    return "".join(IMAGE_PLACEHOLDER + "\n" if _is_image(part) else part["text"] for part in parts)
+
+
+def as_it_stands(prompt: Any) -> str:
+    """A prompt that is no conversation, as `tokenize` takes it.
+
+    Raises:
+        UserError: for what is no text, or has none.
+    """
+    if not isinstance(prompt, str):
+        raise UserError("chat=False takes prompts as they stand; expected a string.")
+    if not prompt.replace(IMAGE_PLACEHOLDER, "").strip():
+        raise UserError("The prompt is empty; ask something about the image.")
+    return _escaped(prompt, text_only=False)
 
 
 def tokenize(processor: Processor, text: str, num_images: int) -> list[list[int]]:
     """Token ids between the images: `num_images + 1` lists.
 
+    Args:
+        processor: with the tokenizer.
+        text: as `render` or `as_it_stands` gives it.
+        num_images: places of images in it.
+
     Raises:
-        UserError: when the placeholders in `text` are not as many as the images.
+        UserError: when they are not as many.
     """
     check_placeholders(text.count(IMAGE_PLACEHOLDER), num_images)
-    before, after = processor.around_images
-    text = text.replace(IMAGE_PLACEHOLDER, before + IMAGE_PLACEHOLDER + after)
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise UserError(f"The prompt is no valid text ({error}); repair its encoding.") from None
-    tokenizer = processor.tokenizer
-    bos = tokenizer.bos_token
-    add_bos = not (bos and text.startswith(bos))
-    if processor.image_token_id is not None or not num_images:
-        ids = tokenizer(text, add_special_tokens=add_bos)["input_ids"]
+    before, after = processor.around_images
+    text = text.replace(IMAGE_PLACEHOLDER, before + IMAGE_PLACEHOLDER + after)
+    tokenizer, image_token = processor.tokenizer, processor.image_token_id
+    add_bos = not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
+    if image_token is not None:
+        are_images = iter([found[0] == IMAGE_PLACEHOLDER for found in _SLOT.finditer(text)])
+        whole = text.replace(AS_TEXT, IMAGE_PLACEHOLDER)
         pieces: list[list[int]] = [[]]
-        for token in ids:
-            if num_images and token == processor.image_token_id:
+        for token in processor.ids_of(whole, add_special_tokens=add_bos):
+            if token != image_token:
+                pieces[-1].append(token)
+            elif next(are_images):
                 pieces.append([])
             else:
-                pieces[-1].append(token)
+                pieces[-1] += processor.placeholder_as_text
         return pieces
     # A tokenizer that does not know "<image>": the text around it, piece by piece.
-    chunks = text.split(IMAGE_PLACEHOLDER)
-    pieces = [tokenizer(chunk, add_special_tokens=False)["input_ids"] for chunk in chunks]
-    if add_bos and tokenizer.bos_token_id is not None:
+    chunks = [c.replace(AS_TEXT, IMAGE_PLACEHOLDER) for c in text.split(IMAGE_PLACEHOLDER)]
+    pieces = [processor.ids_of(chunk) for chunk in chunks]
+    if add_bos and processor.adds_bos:
         pieces[0] = [tokenizer.bos_token_id, *pieces[0]]
     return pieces
 
 
 def check_placeholders(found: int, num_images: int) -> None:
-    """Raise `UserError` unless a prompt has one placeholder for each of its images."""
+    """Raise `UserError` unless a prompt has one place for each of its images."""
     if found != num_images:
         raise UserError(
             f"The prompt has {found} {IMAGE_PLACEHOLDER} placeholder(s) but comes with "
-            f"{num_images} image(s); give as many images as placeholders."
+            f"{num_images} image(s); give as many images as placeholders. "
+            f"{ESCAPED} is the word itself."
         )

@@ -7,10 +7,18 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from jaxprune.errors import UserError
+from jaxprune.errors import UserError, check_flag
 from jaxprune.inputs.images import load_image
 from jaxprune.inputs.processor import Processor
-from jaxprune.inputs.prompts import as_messages, message_text, question_of, render, tokenize
+from jaxprune.inputs.prompts import (
+    AS_TEXT,
+    as_it_stands,
+    as_messages,
+    num_places,
+    question_of,
+    render,
+    tokenize,
+)
 from jaxprune.models.family import IMAGE_PLACEHOLDER
 
 
@@ -54,6 +62,11 @@ class Request:
                 asked.setdefault(image, row.question)
         return [asked.get(image, ()) for image in range(len(self.images))]
 
+    def repeated(self, number: int) -> "Request":
+        """Every row so many times over."""
+        rows = [row for row in self.rows for _ in range(number)]
+        return dataclasses.replace(self, rows=rows)
+
     def with_own_images(self) -> "Request":
         """The same request, no image shared by two rows: for what is seen of it by the question."""
         rows: list[Row] = []
@@ -66,58 +79,63 @@ class Request:
 
 
 def make_request(
-    processor: Processor, image: Any, prompt: Any, *, chat: bool, answer: str | None = None
+    processor: Processor,
+    image: Any,
+    prompt: Any,
+    *,
+    chat: bool,
+    neutralise: bool = False,
+    answers: Sequence[str] | None = None,
 ) -> Request:
     """Pair prompts with images, apply the chat template, tokenize.
 
     Args:
-        answer: what is said to every prompt, to be scored; the end of sequence follows it.
+        processor: of the model.
         image: None, one image, or a list: an image (or a list of images) for each prompt.
         prompt: a string, a conversation (list of messages), or a list of either.
         chat: apply the chat template; False takes prompts as they stand.
+        neutralise: special tokens in what is said are text.
+        answers: what is said to each prompt, to be scored; the end of sequence follows it.
 
     Raises:
         UserError: for prompts and images that do not fit together, or a broken image.
     """
+    check_flag("chat", chat)
+    check_flag("neutralise", neutralise)
+    broken = processor.special_tokens if neutralise else ()
     prompts, image_lists, single = _pair(image, prompt)
     distinct: dict[int, int] = {}  # the same object in several rows is encoded once
     loaded: list[Image.Image] = []
     rows = []
-    for text, row_images in zip(prompts, image_lists, strict=True):
+    if answers is not None and len(answers) != len(prompts):
+        raise UserError(f"{len(answers)} answers came with {len(prompts)} prompts; give one each.")
+    for i, (text, row_images) in enumerate(zip(prompts, image_lists, strict=True)):
+        asked = question_of(text)
+        if chat:
+            messages, row_images = as_messages(text, row_images, special_tokens=broken)
+            text = render(processor, messages)
+        else:
+            text = as_it_stands(text)
         for item in row_images:
             if id(item) not in distinct:
                 distinct[id(item)] = len(loaded)
                 loaded.append(load_image(item))
-        number = len(row_images)
-        asked = question_of(text)
-        if chat:
-            text = render(processor, as_messages(text, number))
-        elif not isinstance(text, str):
-            raise UserError("chat=False takes prompts as they stand; expected a string.")
-        elif not text.replace(IMAGE_PLACEHOLDER, "").strip():
-            raise UserError("The prompt is empty; ask something about the image.")
-        pieces = tokenize(processor, text, number)
-        said = () if answer is None else _answer_ids(processor, text, answer, pieces)
+        pieces = tokenize(processor, text, len(row_images))
+        said = () if answers is None else _answer_ids(processor, text, answers[i], pieces)
         own = [distinct[id(item)] for item in row_images]
-        rows.append(Row(pieces, own, said, plain_ids(processor, asked)))
+        rows.append(Row(pieces, own, said, processor.ids_of(asked)))
     return Request(rows, loaded, single)
-
-
-def plain_ids(processor: Processor, text: str) -> list[int]:
-    """Token ids of text alone."""
-    ids: list[int] = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids
 
 
 def _answer_ids(processor: Processor, text: str, answer: str, pieces: list[list[int]]) -> list[int]:
     """Token ids of an answer after a prompt, which may split it otherwise than alone."""
-    space = "" if text[-1:].isspace() else " "
-    *_, last = tokenize(processor, text + space + answer.strip(), len(pieces) - 1)
+    space, answer = "" if text[-1:].isspace() else " ", answer.strip()
+    said = answer.replace(IMAGE_PLACEHOLDER, AS_TEXT)
+    *_, last = tokenize(processor, text + space + said, len(pieces) - 1)
     known = pieces[-1]
-    if last[: len(known)] == known:
-        ids = last[len(known) :]
-    else:  # its first letters join the prompt's last ones
-        ids = plain_ids(processor, space + answer.strip())
+    # Its first letters may join the prompt's last ones.
+    joined = last[: len(known)] != known
+    ids = processor.ids_of(space + answer) if joined else last[len(known) :]
     ends = processor.eos_token_ids
     own = processor.tokenizer.eos_token_id
     return [*ids, *([own] if own in ends else ends[:1])]
@@ -147,7 +165,7 @@ def _pair(image: Any, prompt: Any) -> tuple[list[Any], list[list[Any]], bool]:
         raise UserError("The list of images is empty; pass None for a text-only prompt.")
     nested = [list(item) if isinstance(item, list | tuple) else _row(item) for item in images]
     if one_prompt:
-        if _count_placeholders(prompt) > 1 and not any(isinstance(x, list | tuple) for x in images):
+        if num_places(prompt) > 1 and not any(isinstance(x, list | tuple) for x in images):
             return prompts, [images], True  # several images in one prompt
         return prompts * len(images), nested, False
     if len(images) != len(prompts):
@@ -171,9 +189,3 @@ def _is_one_prompt(prompt: Any) -> bool:
             "messages."
         )
     return bool(prompt) and isinstance(prompt[0], Mapping)
-
-
-def _count_placeholders(prompt: Any) -> int:
-    if isinstance(prompt, str):
-        return prompt.count(IMAGE_PLACEHOLDER)
-    return sum(message_text(message).count(IMAGE_PLACEHOLDER) for message in prompt)

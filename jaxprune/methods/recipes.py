@@ -25,7 +25,7 @@ import re
 from typing import Any
 
 from jaxprune.errors import UserError
-from jaxprune.files import is_file, read_json, whole_file
+from jaxprune.files import as_path, read_json, whole_file
 from jaxprune.ops.cuts import Depth
 
 SCHEMA = 2
@@ -107,9 +107,9 @@ def load_recipe(path: Any) -> Recipe:
     Raises:
         UserError: when it is missing, damaged, of another schema, or lacks a field.
     """
-    path = pathlib.Path(path).expanduser()
-    if not is_file(path):
-        raise UserError(f"The recipe {str(path)[:300]} does not exist; expected a JSON file.")
+    path = as_path(path, "The recipe")
+    if not path.is_file():
+        raise UserError(f"The recipe {path} does not exist; expected a JSON file.")
     fields = read_json(path, repair="make it anew")
     schema = fields.pop("schema", None)
     if schema == 1 and isinstance(fields.get("model"), dict):  # knew one fingerprint, or a family
@@ -146,7 +146,7 @@ def save_recipe(recipe: Recipe, path: Any) -> None:
         UserError: when it cannot be written.
     """
     fields = {"schema": SCHEMA, **dataclasses.asdict(recipe)}
-    with whole_file(pathlib.Path(path).expanduser()) as file:
+    with whole_file(as_path(path, "The recipe")) as file:
         file.write_text(json.dumps(fields, indent=1))
 
 

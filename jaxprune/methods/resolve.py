@@ -55,13 +55,13 @@ def resolve(
         UserError: for an unknown name (with the nearest known one) or option, a pair of one
             side, or a recipe made for another model.
     """
-    options = {name: value for name, value in options.items() if value is not None}
     pair = isinstance(method, list | tuple) and not isinstance(method, Plan)
     parts: Sequence[Any] = method if pair else [method]
     if not 1 <= len(parts) <= 2:
         raise UserError(f"method is a list of {len(parts)}; expected one method or a pair.")
     classes = [_class_of(part) for part in parts]
     _check_options(parts, classes, options, others)
+    options = {name: value for name, value in options.items() if value is not None}
     plan = Plan()
     for part, cls in zip(parts, classes, strict=True):
         if cls is not None:
@@ -76,6 +76,19 @@ def resolve(
     if plan.decoder is not None:
         check_removed(plan.decoder, depth)
     return plan
+
+
+def check_names(method: Any, **options: Any) -> None:
+    """Raise `UserError` for an unknown method, recipe or option, whatever the model."""
+    parts = method if isinstance(method, list | tuple) else [method]
+    classes = [_class_of(part) for part in parts]
+    _check_options(parts, classes, options, ())
+    for part, cls in zip(parts, classes, strict=True):
+        own = {} if cls is None else options_of(cls)
+        if cls is not None:
+            _make(cls, {n: v for n, v in options.items() if n in own and v is not None})
+        elif isinstance(part, str) and part != NO_PRUNING:
+            load_recipe(part)
 
 
 def _class_of(part: Any) -> MethodClass | None:
@@ -105,6 +118,8 @@ def _check_options(
     others: Iterable[str],
 ) -> None:
     named = {cls.name: options_of(cls) for cls in classes if cls is not None}
+    every = {name for cls in METHODS.values() for name in options_of(cls)}
+    options = {name: x for name, x in options.items() if x is not None or name not in every}
     unknown = sorted(name for name in options if not any(name in has for has in named.values()))
     if not unknown:
         return
@@ -112,6 +127,8 @@ def _check_options(
     near = difflib.get_close_matches(unknown[0], list(others), n=1)
     if near and near[0] != unknown[0]:
         raise UserError(f"There is no option {listed}. Did you mean {near[0]}?")
+    if not every & set(unknown) and not named:
+        raise UserError(f"There is no argument {listed}, and no method has such an option.")
     if named:
         has = "; ".join(f"{name} has: {', '.join(fields)}" for name, fields in named.items())
         raise UserError(f"There is no option {listed}; {has}.")

@@ -24,18 +24,36 @@ INERT_FIELDS = frozenset(
     return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature
     tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript
     transformers_version typical_p use_bfloat16 use_cache vocab_size
+
+    _attn_implementation_internal _flash_attn_2_enabled attention_probs_dropout_prob dropout_rate
+    embd_pdrop gradient_checkpointing hidden_dropout hidden_dropout_prob layerdrop model_max_length
+    resid_pdrop tokenizer_model_max_length tokenizer_padding_side unsloth_fixed unsloth_version
+    use_flash_attn use_flash_attention_2 use_return_dict
     """.split()  # noqa: SIM905  one a word reads better
 )
 
 
+# Far above any model, and low enough that whatever is made of a config is made at once.
+MOST = {"num_hidden_layers": 1000, "image_size": 2**14, "patch_size": 2**14}
+MOST_OTHERWISE = 10**8
+MOST_PATCHES = 10**6  # of a tile
+
+
 def refuse_unknown(fields: Mapping[str, Any], handled: set[str], where: str) -> None:
     """Raise `UserError` when `fields` holds one that is neither handled nor inert."""
-    unknown = sorted(set(fields) - handled - INERT_FIELDS)
+    # What is null, off or empty is not asked for.
+    said = {name for name, value in fields.items() if value not in (None, False, {}, [], "")}
+    unknown = sorted(said - handled - INERT_FIELDS)
     if unknown:
         raise UserError(
             f"{where} has fields that this port does not handle: {', '.join(unknown)}. "
             "Ignoring them could change the answers; remove them if they do not matter."
         )
+
+
+def without_nulls(fields: Mapping[str, Any], *meant: str) -> dict[str, Any]:
+    """The fields that say something: null is what a field that is left out is, but for `meant`."""
+    return {name: x for name, x in fields.items() if x is not None or name in meant}
 
 
 def require(
@@ -60,9 +78,11 @@ def require_types(config: Any, where: str) -> None:
         value = getattr(config, field.name)
         if field.type is bool and not isinstance(value, bool):
             raise UserError(f"{where} has {field.name}={value!r}; expected true or false.")
-        if field.type is int and (type(value) is not int or value < 1):
+        most = MOST.get(field.name, MOST_OTHERWISE)
+        if field.type is int and (type(value) is not int or not 1 <= value <= most):
             raise UserError(
-                f"{where} has {field.name}={value!r}; expected a positive whole number."
+                f"{where} has {field.name}={value!r}; expected a positive whole number, at most "
+                f"{most:,}."
             )
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if field.type is float and not (number and 0 < value < math.inf):

@@ -5,7 +5,7 @@ folder and one line of `registry`.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Array, Bool, Float, Int
@@ -183,8 +183,10 @@ class Embedded(NamedTuple):
 class Template(Protocol):
     """A chat template, as text in Jinja."""
 
-    def __call__(self, *, original: bool, end: str) -> str:
+    def __call__(self, *, original: bool, end: str) -> str | None:
         """The template of a model in its publisher's original format, or of any other.
+
+        None where models of the family have several formats and nothing says which.
 
         Args:
             original: whether the directory is in the original format.
@@ -198,17 +200,25 @@ class PromptFormat:
 
     Attributes:
         templates: by a part of the decoder's `model_type`; the first that fits is taken, and
-            the last one, "", fits all.
+            "" fits all.
         around_images: text in front of each image's tokens and after them.
+        other_formats: tokens of other prompt formats: a decoder whose vocabulary has one was
+            taught that format, and no template here is its own.
     """
 
     templates: Mapping[str, Template]
     around_images: tuple[str, str] = ("", "")
+    other_formats: tuple[str, ...] = ()
 
-    def template(self, model_type: str, *, original: bool, end: str) -> str:
-        """The template of a model whose directory has none; see `Template`."""
-        fitting = next(make for name, make in self.templates.items() if name in model_type)
-        return fitting(original=original, end=end)
+    def template(
+        self, model_type: str, *, original: bool, end: str, vocabulary: Container[str] = ()
+    ) -> str | None:
+        """The template of a model whose directory has none, see `Template`; None: not known."""
+        if any(token in vocabulary for token in self.other_formats):
+            return None
+        fitting = (make for name, make in self.templates.items() if name in model_type)
+        make = next(fitting, None)
+        return None if make is None else make(original=original, end=end)
 
 
 @runtime_checkable  # so that the tests can check it

@@ -57,6 +57,5 @@ def sizes(config: ModelConfig) -> tuple[object, ...]:
 @functools.lru_cache(maxsize=64)
 def depth_of(config: ModelConfig) -> Depth:
     """What decoder-side methods have to know of a model: its layers, what recipes call it."""
-    family_of(config)  # refuses what is no config
     presets = [name for name, make in PRESETS.items() if sizes(make()) == sizes(config)]
     return Depth(config.text_config.num_hidden_layers, frozenset([fingerprint(config), *presets]))

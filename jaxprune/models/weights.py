@@ -200,6 +200,7 @@ class KeyTable:
             of the model.
         partition: (regular expression for a path, axis of the parameter that a mesh
             splits); what none fits is on every device whole.
+        words: the paths of the embedding and of the head, which may be tied to it.
     """
 
     rules: tuple[Rule, ...] = ()
@@ -207,6 +208,7 @@ class KeyTable:
     spellings: tuple[Spelling, ...] = ()
     ignored: tuple[str, ...] = ()
     partition: tuple[tuple[str, int], ...] = ()
+    words: tuple[str, ...] = ()
 
     def __add__(self, other: "KeyTable") -> "KeyTable":
         return KeyTable(
@@ -215,6 +217,7 @@ class KeyTable:
             spellings=self.spellings + other.spellings,
             ignored=self.ignored + other.ignored,
             partition=self.partition + other.partition,
+            words=self.words + other.words,
         )
 
     def under(self, key: str, path: str) -> "KeyTable":
@@ -239,10 +242,12 @@ class KeyTable:
             partition=tuple(
                 (f"{re.escape(path)}(?:{pattern})", axis) for pattern, axis in self.partition
             ),
+            words=tuple(path + word for word in self.words),
         )
 
     def canonical_key(self, key: str) -> str | None:
         """A key in the rules' spelling; None for one that holds no weights."""
+        key = _WRAPPERS.sub("", key)
         for spelling in self.spellings:
             key = spelling.rewrite(key)
         return None if any(re.fullmatch(pattern, key) for pattern in self.ignored) else key
@@ -265,6 +270,10 @@ class KeyTable:
     @functools.cached_property
     def _by_path(self) -> list[tuple[re.Pattern[str], Rule]]:
         return [(_compiled(path), rule) for rule in self.rules for path in rule.paths]
+
+
+# What training loops put around a model: data parallelism in front, torch.compile anywhere.
+_WRAPPERS = re.compile(r"\Amodule\.|(?<![^.])_orig_mod\.")
 
 
 def _fields(template: str) -> set[str]:

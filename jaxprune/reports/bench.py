@@ -20,7 +20,7 @@ from jaxprune.devices.compilation import Compilations
 from jaxprune.devices.memory import peak_bytes
 from jaxprune.engine.answer import Answer
 from jaxprune.engine.buckets import DEFAULT_BUCKETS, Buckets
-from jaxprune.errors import UserError
+from jaxprune.errors import UserError, check_whole
 from jaxprune.generate import generate
 from jaxprune.inputs.images import load_image
 from jaxprune.inputs.pixels import size_of
@@ -133,8 +133,10 @@ def bench(
     Raises:
         jaxprune.UserError: as `generate`; for fewer than 2 new tokens, no method or no round.
     """
-    if new_tokens < 2 or rounds < 1 or not methods:
-        raise UserError("A benchmark needs a method, a round, and 2 new tokens or more.")
+    check_whole("new_tokens", new_tokens, least=2)
+    check_whole("rounds", rounds)
+    if not methods:
+        raise UserError("A benchmark needs a method.")
     model, prompts = _never_ending(params), [prompt] * len(images)
 
     def request(fields: dict[str, Any]) -> list[Answer]:

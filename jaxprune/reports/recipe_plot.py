@@ -7,6 +7,7 @@ import numpy as np
 
 from jaxprune.engine.cost import most_tokens
 from jaxprune.errors import UserError
+from jaxprune.files import as_path
 from jaxprune.methods import DecoderMethod, Depth, FitPrune, GSearch, Iti, PSigmoid, resolve
 from jaxprune.methods.recipes import Recipe
 from jaxprune.models.family import ModelConfig
@@ -60,9 +61,10 @@ def plot_recipe(recipe: Recipe, config: ModelConfig, path: str | pathlib.Path) -
     Raises:
         UserError: without matplotlib, or where the file cannot be written.
     """
+    target = as_path(path, "The plot")
     made = draw_recipe(recipe, config)
     try:
-        made.savefig(pathlib.Path(path).expanduser())
+        made.savefig(target)
     except (OSError, ValueError) as error:
         raise UserError(f"Cannot write the plot {path} ({error}).") from None
 

@@ -108,7 +108,7 @@ def plain_fit(model, samples, save):
             )
             now = now - gone
             deletions.append(0 if met else int(np.floor(sizes[l].mean())))
-        return deletions, met or spent <= (1 - save) * full
+        return deletions, met
 
     low, high, best = 0.0, 1.0, scheme(1.0)
     assert best[1]
@@ -356,6 +356,6 @@ def test_an_answer_is_split_as_behind_its_prompt(tmp_path):
     tokenizer.save(str(directory / "tokenizer.json"))
     processor = load_processor(directory, llava.FAMILY, original=builders.tiny_config())
     image = scenes.draw(scenes.sample("calibration", 0, 0)[0])
-    row = make_request(processor, image, "What?", chat=True, answer="What").rows[0]
+    row = make_request(processor, image, "What?", chat=True, answers=["What"]).rows[0]
     pieces = processor.tokenizer.convert_ids_to_tokens(row.answer)
     assert pieces == ["\u2581What", "</s>"]

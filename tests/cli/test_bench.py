@@ -3,7 +3,6 @@
 import importlib
 import json
 
-import jaxprune
 from jaxprune.reports.bench import Measured
 
 module = importlib.import_module("jaxprune.reports.bench")
@@ -46,8 +45,8 @@ def test_the_table(tiny_directory, run, monkeypatch):
     methods = [word for label in labels for word in ("--method", label)]
     sizes = ["--batch", 2, "--rounds", 3, "--new-tokens", 9]
     done = run("bench", "--model", tiny_directory, "--prompt", "Why?", *methods, *sizes)
+    assert [image.size for image in asked.pop("images")] == [(384, 384)] * 2
     assert asked == {
-        "images": [jaxprune.DEMO_IMAGE] * 2,
         "prompt": "Why?",
         "methods": [
             (labels[0], {"method": "prumerge_plus", "keep": 4, "order": "raster"}),
@@ -78,7 +77,9 @@ def test_the_table(tiny_directory, run, monkeypatch):
 
 def test_mistakes(tiny_directory, refused):
     asked = ["bench", "--model", tiny_directory]
-    assert "--batch is 0; expected 1 or more" in refused(*asked, "--batch", 0)
-    assert "2 new tokens or more" in refused(*asked, "--new-tokens", 1)
+    assert "--batch is 0; expected a whole number, 1 or more" in refused(*asked, "--batch", 0)
+    assert "--new-tokens is 1; expected a whole number, 2 or more" in refused(
+        *asked, "--new-tokens", 1
+    )
     assert "prompt is none" in refused(*asked, "--method", "none:prompt=Why")
     assert "has: keep" in refused(*asked, "--method", "uniform:keep=4;c=1")

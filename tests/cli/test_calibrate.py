@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import os
-import signal
 import sys
 
 import numpy as np
@@ -11,7 +9,6 @@ import pytest
 from PIL import Image
 
 import jaxprune
-from jaxprune.cli import main
 from jaxprune.methods.recipes import published_recipes
 from jaxprune.reports.recipe_plot import plot_recipe
 
@@ -96,32 +93,6 @@ def test_json_and_the_settings_that_arrive(tiny_directory, run, tmp_path, monkey
     }
 
 
-def test_an_interrupt_ends_at_once_and_keeps_the_progress(
-    tiny_directory, tmp_path, monkeypatch, capsys
-):
-    class Ended(BaseException):
-        pass
-
-    def ended(code):
-        raise Ended(code)
-
-    def calibrate(*_, progress_file, **__):
-        progress_file.write_text("done so far")
-        progress_file.with_name(f".{progress_file.name}.partial").write_text("half")
-        os.kill(os.getpid(), signal.SIGINT)
-        raise AssertionError("still running")
-
-    monkeypatch.setattr(os, "_exit", ended)
-    monkeypatch.setattr(jaxprune, "calibrate", calibrate)
-    before = signal.getsignal(signal.SIGINT)
-    asked = ["calibrate", "--model", str(tiny_directory), "--method", "gsearch"]
-    with pytest.raises(Ended, match="130"):
-        main([*asked, "--out", str(tmp_path / "r.json")])
-    assert signal.getsignal(signal.SIGINT) is before
-    assert [path.name for path in tmp_path.iterdir()] == ["r.json.progress"]
-    assert "the same command resumes" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -140,7 +111,7 @@ def test_nothing_is_overwritten(refused, tmp_path):
     for name in ("x.json", "x.png"):
         (tmp_path / name).write_text("mine")
     fit = ["calibrate", "--method", "gsearch", "--out"]
-    assert "x.json exists; name a file that does not" in refused(*fit, "x.json")
+    assert "x.json exists; name another" in refused(*fit, "x.json")
     assert "x.png exists" in refused(*fit, "y.json", "--plot", "x.png")
 
 

@@ -78,7 +78,10 @@ def test_the_table(run):
         (["--method", "fastv", "--option", "prompt=1"], "prompt is none"),
         (["--method", "fastv", "--option", "text_tokens=1"], "text_tokens is none"),
         (["--option", "c"], "expected name=value"),
-        (["--model", "llava-9b"], "'llava-9b' is neither a model's directory nor a preset"),
+        (
+            ["--model", "llava-9b"],
+            "llava-9b does not exist; expected the directory of a model. It is no preset either",
+        ),
         (["--dtype", "int4"], "dtype is 'int4'"),
     ],
 )

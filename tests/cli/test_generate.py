@@ -1,5 +1,6 @@
 """`jaxprune generate` against the function."""
 
+import io
 import json
 from typing import Any
 
@@ -37,7 +38,7 @@ def test_json_holds_every_field_of_the_answer(scene, small_model, run):
     assert len(found["kept_indices"][0]) == 21
 
 
-def test_options_reach_the_function(run, monkeypatch):
+def test_options_reach_the_function(run, monkeypatch, scene, white_image):
     asked: dict[str, Any] = {}
 
     def load(directory, **fields):
@@ -50,15 +51,17 @@ def test_options_reach_the_function(run, monkeypatch):
 
     monkeypatch.setattr(jaxprune, "load", load)
     monkeypatch.setattr(jaxprune, "generate", generate)
-    options = "--model m --dtype float32 --image a.png --image b.png --prompt What? --stop x"
-    options += " --stop y --max-new-tokens 5 --temperature 0.5 --top-k 3 --top-p 0.9 --seed 7 --raw"
-    assert "enough" in run("generate", *options.split(), "--option", "c=2").err
-    assert asked["load"] == ("m", {"dtype": "float32", "vision_tower": None})
+    options = f"--model m --dtype float32 --image {scene} --image {white_image} --prompt What?"
+    options += " --stop x --stop y --max-new-tokens 5 --temperature 0.5 --top-k 3 --top-p 0.9"
+    options += " --seed 7 --raw --method iti --option c=2"
+    assert "enough" in run("generate", *options.split()).err
+    loading = {"dtype": "float32", "vision_tower": None, "download": False}
+    assert asked["load"] == ("m", loading)
     (model, images, prompts), fields = asked["generate"]
     assert (model, prompts) == ("the model", ["What?"])
-    assert [[path.name for path in row] for row in images] == [["a.png", "b.png"]]
+    assert [[image.size for image in row] for row in images] == [[(96, 96), (32, 32)]]
     assert fields == {
-        "method": "none",
+        "method": "iti",
         "max_new_tokens": 5,
         "temperature": 0.5,
         "top_k": 3,
@@ -87,3 +90,111 @@ def test_options_reach_the_function(run, monkeypatch):
 )
 def test_mistakes(arguments, message, refused):
     assert message in refused("generate", *arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--prompt", "a", "--method", "fitprun"], "Unknown method"),
+        (["--prompt", "a", "--method", "uniform"], "needs the option keep"),
+        (["--prompt", "a", "--keep", "3"], "need a method"),
+        (["--prompt", "a", "--method", "no.json"], "no.json does not exist"),
+        (["--prompt", "a", "--image", "none.png"], "does not exist"),
+        (["--prompt", "a", "--temperature", "-1"], "temperature is -1"),
+        (["--prompt", "a", "--images", "nowhere"], "is no directory"),
+        (["--data", "none.jsonl"], "none.jsonl cannot be read"),
+        (["--image", "a.png"], "There is no --prompt"),
+        (["--prompt", "a", "--out", "x.jsonl"], "--out is for --images and --data"),
+        (["--prompt", "a", "--images", "b", "--data", "c"], "--images and --data came together"),
+    ],
+)
+def test_mistakes_are_found_before_the_model_is_loaded(arguments, message, refused, monkeypatch):
+    def load(*_, **__):
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr(jaxprune, "load", load)
+    assert message in refused("generate", *arguments)
+
+
+# ---- many requests
+
+
+@pytest.fixture
+def folder(tmp_path, held_out):
+    (tmp_path / "images").mkdir()
+    for i, (image, _) in enumerate(held_out[:5]):
+        image.save(tmp_path / "images" / f"{i}.png")
+    (tmp_path / "images" / "notes.txt").write_text("no image")
+    return tmp_path / "images"
+
+
+ASK = "What color is the circle?"
+
+
+def test_a_folder_of_images(folder, tmp_path, run, small_model, held_out):
+    out = tmp_path / "answers.jsonl"
+    asked = ["generate", "--images", folder, "--prompt", ASK, "--out", out, "--batch-size", 4]
+    done = run(*asked)
+    assert done.code == 0 and done.out == "" and "5 answers" in done.err
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    expected = [
+        {"image": str(folder / f"{i}.png"), "prompt": ASK,
+         "text": jaxprune.generate(small_model, image, ASK)}
+        for i, (image, _) in enumerate(held_out[:5])
+    ]  # fmt: skip
+    assert lines == expected
+    whole = out.read_text()
+    # Ended in the middle of the fourth line, the same command goes on.
+    kept = "".join(whole.splitlines(keepends=True)[:3])
+    out.write_text(kept + whole.splitlines()[3][:20])
+    assert "3 of 5 are answered already" in run(*asked).err
+    assert out.read_text() == whole
+    assert run(*asked).code == 0 and out.read_text() == whole
+
+
+def test_lines_of_requests(folder, tmp_path, run, small_model, monkeypatch):
+    lines = [
+        {"image": "images/0.png", "question": ASK},
+        {"image": ["images/1.png"], "prompt": ASK},
+        {"image": "images/none.png", "prompt": ASK},
+        {"prompt": "Hello"},
+    ]
+    text = "\n".join(map(json.dumps, lines)) + "\n\n"
+    (tmp_path / "data.jsonl").write_text(text)
+    done = run("generate", "--data", tmp_path / "data.jsonl", "--max-new-tokens", 4)
+    found = [json.loads(line) for line in done.out.splitlines()]
+    assert [("text" in line, "error" in line) for line in found] == [
+        (True, False), (True, False), (False, True), (True, False),
+    ]  # fmt: skip
+    assert found[0]["text"] == jaxprune.generate(
+        small_model, folder / "0.png", ASK, max_new_tokens=4
+    )
+    assert "1 requests could not be answered" in done.err
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdin", io.StringIO(text))
+    piped = run("generate", "--data", "-", "--max-new-tokens", 4)
+    assert [json.loads(line).get("text") for line in piped.out.splitlines()] == [
+        line.get("text") for line in found
+    ]
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("{", "line 2 is not JSON"),
+        ("[" * 100_000, "line 2 is not JSON (nested too deeply)"),
+        ("[1]", "line 2 is no request"),
+        ('{"image": "a.png"}', "line 2 is no request"),
+        ('{"image": 5, "prompt": "a"}', "has the image 5"),
+    ],
+)
+def test_lines_that_are_none(line, message, refused, tmp_path):
+    (tmp_path / "d.jsonl").write_text('{"prompt": "a"}\n' + line + "\n")
+    assert message in refused("generate", "--data", "d.jsonl")
+
+
+def test_answers_of_other_requests_are_kept(folder, refused, tmp_path):
+    (tmp_path / "mine.jsonl").write_text('{"text": "mine"}\n')
+    said = refused("generate", "--images", folder, "--prompt", "a", "--out", "mine.jsonl")
+    assert "line 1 is no answer to request 1; name another file" in said
+    assert (tmp_path / "mine.jsonl").read_text() == '{"text": "mine"}\n'

@@ -1,5 +1,6 @@
 """The command line as a process of its own; the other files call `main`."""
 
+import os
 import subprocess
 import sys
 
@@ -24,3 +25,29 @@ def test_a_mistake_is_one_line_on_stderr():
     (line,) = done.stderr.splitlines()
     assert line.startswith("Error: Unknown method 'fitprun'; known: none, ")
     assert line.endswith("Did you mean 'fitprune'?")
+
+
+def test_an_answer_outside_the_encoding_of_stdout_is_not_lost():
+    """Whatever the terminal can show, what cannot be shown is spelled."""
+    program = (
+        "import jaxprune, sys\n"
+        "from jaxprune.cli import main\n"
+        "from jaxprune.engine import answer\n"
+        "real = jaxprune.generate\n"
+        "import dataclasses\n"
+        "def spoken(*a, **k):\n"
+        "    return [dataclasses.replace(x, text='caf\\xe9 \\U0001f600') for x in real(*a, **k)]\n"
+        "jaxprune.generate = spoken\n"
+        "main(['generate', '--prompt', 'Hi', '--max-new-tokens', '1'])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "caf\\xe9 \\U0001f600\n"), done.stderr
+
+
+def test_who_reads_may_go_away():
+    program = f"{sys.executable} -m jaxprune methods | head -1"
+    done = subprocess.run(["bash", "-c", program], capture_output=True, text=True)
+    assert "Traceback" not in done.stderr and "Error" not in done.stderr

@@ -58,5 +58,5 @@ def test_mistakes(arguments, message, tiny_directory, white_image, refused):
 def test_nothing_is_overwritten(white_image, refused, tmp_path):
     (tmp_path / "kept.png").write_text("mine")
     asked = ["--image", white_image, "--prompt", "What?", "--method", "none", "--out", "kept.png"]
-    assert "kept.png exists; name a file that does not" in refused("show", *asked)
+    assert "kept.png exists; name another" in refused("show", *asked)
     assert (tmp_path / "kept.png").read_text() == "mine"

@@ -217,8 +217,12 @@ def test_configs_are_found_by_preset_directory_or_neither(tiny_directory):
 @pytest.mark.parametrize(
     "model, dtype, message",
     [
-        ("llava-9b", "bfloat16", "'llava-9b' is neither .* presets: llava-1.5-7b"),
-        ("~nobody-of-this-name/m", "bfloat16", "is neither a model's directory nor a preset"),
+        (
+            "llava-9b",
+            "bfloat16",
+            "llava-9b does not exist; .* It is no preset either; those are: llava-1.5-7b",
+        ),
+        ("~nobody-of-this-name/m", "bfloat16", "is not a path; .* It is no preset either"),
         (None, "int4", "dtype is 'int4'; expected one of"),
     ],
 )

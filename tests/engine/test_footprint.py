@@ -9,7 +9,6 @@ import pytest
 import jaxprune
 from jaxprune.engine import stages
 from jaxprune.engine.footprint import check_memory, check_tower_memory, request_bytes
-from jaxprune.engine.sampling import Ask, make_sampling
 from jaxprune.inputs.layout import NO_IMAGES, lay_out
 from jaxprune.inputs.request import Row
 from jaxprune.models.clip import ClipVisionConfig
@@ -31,11 +30,10 @@ def test_the_estimate_is_near_what_xla_allocates(batch, slots):
     layout = lay_out([Row([[1] * slots], [])] * batch, NO_IMAGES, batch=batch, sequence=slots)
     embed = functools.partial(stages.embed, config=config)
     tokens = jax.eval_shape(embed, params, layout.embedded, None)
-    sampling = make_sampling([Ask()] * batch, batch=batch, vocab_size=9)
     compiled = stages.prefill.lower(
-        params, tokens, None, layout.next_position, np.int32(batch), sampling,
+        params, tokens, None, layout.next_position, np.int32(batch), None,
         np.array([2], np.int32),
-        config=config, schedule=NO_CUTS, new_slots=16, greedy=True,
+        config=config, schedule=NO_CUTS, new_slots=16,
     ).compile()  # fmt: skip
     sizes = compiled.memory_analysis()
     found = sum(request_bytes(config, batch=batch, slots=slots, schedule=NO_CUTS, new_slots=16))

@@ -69,11 +69,13 @@ def test_every_stage_lowers(name, tiled, dtype):
         depth = depth_of(config)
         schedule = gather_schedule(decoder, depth, RowRoom(text, K), distinct=8)
         left = candidates_left(decoder, depth, layout)
-    sampling = make_sampling([Ask(temperature=1.0)], batch=1, vocab_size=9)
+    sampling = make_sampling(
+        [Ask(temperature=1.0)], batch=1, vocab_size=config.text_config.vocab_size
+    )
     eos = np.array([2], np.int32)
-    state, _, _ = lowered(
+    state, *_ = lowered(
         stages.prefill, params, tokens, left, layout.next_position, np.int32(1), sampling, eos,
-        config=config, schedule=schedule, new_slots=16, greedy=False,
+        config=config, schedule=schedule, new_slots=16,
     )  # fmt: skip
     questions = np.full((1, 8), -1, np.int32)
     lowered(stages.embed_questions, params, questions, config=config)
@@ -86,4 +88,4 @@ def test_every_stage_lowers(name, tiled, dtype):
             schedule=masked,
         )  # fmt: skip
     until = np.full(1, 4, np.int32)
-    lowered(stages.decode, params, state, until, sampling, eos, config=config, greedy=False)
+    lowered(stages.decode, params, state, until, sampling, eos, config=config)

@@ -29,8 +29,17 @@ class Spelled:
         return self.texts[token_id]
 
 
+def reader(tokenizer):
+    """What a processor is to the text of an answer."""
+    return types.SimpleNamespace(
+        tokenizer=tokenizer,
+        special_tokens=(),
+        text_of=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
+    )
+
+
 def spelled(*texts, stop=()):
-    return RunningText(types.SimpleNamespace(tokenizer=Spelled(*texts)), stop)
+    return RunningText(reader(Spelled(*texts)), stop)
 
 
 @pytest.mark.parametrize("size", [1, 2, 5])
@@ -71,7 +80,7 @@ E_ACUTE = {"bytes as tokens": [198, 172], "byte level": [127, 102]}  # é
 def test_any_bytes_read_as_they_would_all_at_once(name, ids, size, before):
     tokenizer = TOKENIZERS[name]
     ids = tokenizer(before, add_special_tokens=False)["input_ids"] + ids
-    text = RunningText(types.SimpleNamespace(tokenizer=tokenizer), ())
+    text = RunningText(reader(tokenizer), ())
     for begin in range(0, len(ids), size):
         text.add(ids[begin : begin + size], last=begin + size >= len(ids))
     assert text.text == tokenizer.decode(ids, skip_special_tokens=True).strip()
@@ -81,7 +90,7 @@ def test_any_bytes_read_as_they_would_all_at_once(name, ids, size, before):
 def test_a_character_in_two_chunks(name):
     tokenizer, (first, second) = TOKENIZERS[name], E_ACUTE[name]
     assert tokenizer.decode([first, second]) == "é"
-    text = RunningText(types.SimpleNamespace(tokenizer=tokenizer), ("é!",))
+    text = RunningText(reader(tokenizer), ("é!",))
     word = tokenizer("What", add_special_tokens=False)["input_ids"]
     text.add([*word, first], last=False)
     assert text.take() == "What"
@@ -107,7 +116,7 @@ def test_of_two_stop_strings_the_first_to_be_complete_ends():
 
 def test_a_piece_decodes_no_more_the_longer_the_answer():
     tokenizer = Spelled("a ", "star ")
-    text = RunningText(types.SimpleNamespace(tokenizer=tokenizer), ())
+    text = RunningText(reader(tokenizer), ())
     for i in range(1000):
         text.add([i % 2], last=False)
     assert max(tokenizer.decoded) < 10

@@ -1,8 +1,7 @@
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
-from jaxprune.engine.sampling import Ask, make_sampling, next_token
+from jaxprune.engine.sampling import Ask, likeliest, make_sampling, next_token
 
 
 def shares(logits, draws=4000, **options):
@@ -10,7 +9,7 @@ def shares(logits, draws=4000, **options):
     asks = Ask(**{"temperature": 1.0, **options}).of_rows(list(range(draws)), draws)
     sampling = make_sampling(asks, batch=draws, vocab_size=len(logits))
     rows = jnp.tile(jnp.asarray(logits, jnp.float32), (draws, 1))
-    tokens = np.asarray(next_token(rows, sampling, jnp.zeros(draws, jnp.int32), greedy=False))
+    tokens = np.asarray(next_token(rows, sampling, jnp.zeros(draws, jnp.int32)))
     return np.bincount(tokens, minlength=len(logits)) / draws
 
 
@@ -36,13 +35,12 @@ def test_top_p_counts_what_top_k_left():
     np.testing.assert_allclose(shares(LOGITS, top_k=2, top_p=0.5), [0, 1, 0, 0])
 
 
-@pytest.mark.parametrize("greedy", [True, False])
-def test_greedy_takes_the_first_of_equals(greedy):
+def test_greedy_takes_the_first_of_equals():
     """In a batch whose other rows draw, too."""
     sampling = make_sampling([Ask()], batch=1, vocab_size=3)
     logits = jnp.asarray([[1.0, 2.0, 2.0]])
-    step = jnp.zeros(1, jnp.int32)
-    assert next_token(logits, sampling, step, greedy=greedy).tolist() == [1]
+    assert next_token(logits, sampling, jnp.zeros(1, jnp.int32)).tolist() == [1]
+    assert likeliest(logits).tolist() == [1]
 
 
 def test_rows_of_a_batch_draw_by_their_own_options():
@@ -53,6 +51,6 @@ def test_rows_of_a_batch_draw_by_their_own_options():
     ]
     sampling = make_sampling(asks, batch=len(asks), vocab_size=4)
     logits = jnp.tile(jnp.asarray(LOGITS, jnp.float32), (len(asks), 1))
-    tokens = next_token(logits, sampling, jnp.zeros(len(asks), jnp.int32), greedy=False).tolist()
+    tokens = next_token(logits, sampling, jnp.zeros(len(asks), jnp.int32)).tolist()
     assert tokens[:2] == [1, 1]
     assert set(tokens[2:]) == {0, 1, 2, 3}

@@ -1,4 +1,9 @@
+import base64
+import http.server
+import io
 import struct
+import threading
+import time
 import zlib
 
 import numpy as np
@@ -44,6 +49,82 @@ def test_orientation_of_a_file_is_applied(tmp_path, rgb):
     exif = Image.Exif()
     exif[0x0112] = 6
     assert saved(tmp_path, rgb, "turned.jpg", exif=exif).size == (20, 30)
+
+
+def test_a_photo_is_the_same_by_any_way(tmp_path, rgb):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = tmp_path / "turned.jpg"
+    rgb.save(path, exif=exif)
+    content = path.read_bytes()
+    url = f"data:image/jpeg;base64,{base64.b64encode(content).decode()}"
+    with path.open("rb") as file:
+        ways = [path, str(path), content, bytearray(content), file, url, path.as_uri()]
+        ways.append(Image.open(path))
+        found = [np.asarray(load_image(way)) for way in ways]
+    assert found[0].shape == (30, 20, 3)
+    for other in found[1:]:
+        assert (other == found[0]).all()
+
+
+@pytest.mark.parametrize(
+    "image, message",
+    [
+        (b"", "of 0 bytes .0 bytes. is not an image"),
+        ("data:image/png;base64,@@@", "data: URL cannot be read"),
+        ("data:image/png", "data: URL cannot be read .it has no comma"),
+        (io.StringIO("a"), "open it in binary mode"),
+        ("https://example.org/a.png", r"jaxprune.fetch_image\(url\)"),
+        ("", "which is not a path"),
+        ("a\0b", "which is not a path"),
+        ("~nobody-of-this-name/a.png", "which is not a path"),
+        ("x" * 5000, "which is not a path"),
+        (None, "image is a NoneType"),
+        (5, "image is a int"),
+        (Image.fromarray(np.array([[0.5, np.nan]], np.float32)), "holds NaN or infinity"),
+        (np.zeros((4, 4, 3)), "array of float64"),
+    ],
+)
+def test_what_is_no_image(image, message):
+    with pytest.raises(jaxprune.UserError, match=message):
+        load_image(image)
+
+
+@pytest.fixture
+def server(tmp_path, rgb):
+    rgb.save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"x" * 5000)
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *arguments):
+            super().__init__(*arguments, directory=str(tmp_path))
+
+        def do_GET(self):
+            if "slow" in self.path:
+                time.sleep(2)
+            super().do_GET()
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet) as made:
+        threading.Thread(target=made.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{made.server_port}"
+        made.shutdown()
+
+
+def test_the_web_is_asked_by_name_alone(server, rgb):
+    assert (np.asarray(jaxprune.fetch_image(f"{server}/a.png")) == np.asarray(rgb)).all()
+    for url, options, message in (
+        (f"{server}/none.png", {}, "cannot be fetched .HTTP Error 404"),
+        (f"{server}/b.png", {"most_bytes": 1000}, "has over 1,000 bytes"),
+        (f"{server}/b.png", {}, "is not an image"),
+        (f"{server}/slow.png", {"timeout": 0.3}, "cannot be fetched"),
+        ("file:///etc/passwd", {}, "expected one that starts with http"),
+        (server, {"timeout": 0}, "timeout is 0"),
+    ):
+        with pytest.raises(jaxprune.UserError, match=message):
+            jaxprune.fetch_image(url, **options)
 
 
 def test_arrays(rng):

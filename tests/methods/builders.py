@@ -23,14 +23,14 @@ def select(method, features, signals, *, tilings=None, capacity=None, **sizes):
     N = features.shape[1]
     packing = packing_of(tilings or [one_tile(N)] * len(features), **sizes)
     vision = VisionOutput(features, None, signals)
-    counts = stages.count(vision, packing, None, method)
-    return stages.select(
-        vision,
-        packing,
-        None,
-        method,
-        capacity=capacity or int(counts.max()),
-        images=len(packing.tile),
+    extra = packing.tile.shape[1] * (method.extra_tokens.number if method else 0)
+    room = capacity or packing.slots.shape[1] + extra  # one program for any number that is kept
+    found = stages.select(vision, packing, None, method, capacity=room, images=len(packing.tile))
+    most = capacity or int(found.counts.max())
+    return found._replace(
+        tokens=found.tokens[:, :most],
+        indices=found.indices[:, :most],
+        positions=found.positions[..., :most],
     )
 
 

@@ -109,21 +109,6 @@ def test_several_images_are_ranked_together(model):
     assert valid == [text + round(2 * N * rate) for rate in RATES]
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_gather_equals_mask(model, name):
-    """The fast execution and the one that searches use, rows of different lengths."""
-    images = [picture(i) for i in range(3)]
-    prompts = ["What?", "Where is the red circle, and why?", "a b c"]
-    method = CASES[name][0]
-    gather = start(model, images, prompts, method=method)
-    mask = start(model, images, prompts, method=method, gather=False)
-    assert mask.prompt.schedule.lengths is None and gather.prompt.schedule.lengths is not None
-    for run in (gather, mask):
-        run.advance(8)
-    chex.assert_trees_all_close(gather.first_logits, mask.first_logits, atol=1e-4)
-    assert gather.tokens.tolist() == mask.tokens.tolist()
-
-
 @pytest.mark.parametrize("rows", ["text", "all"])
 @pytest.mark.parametrize("prune_text", [True, False])
 def test_interaction_equals_the_plain_decoder(model, rows, prune_text):

@@ -192,7 +192,7 @@ def test_an_original_checkpoint_answers_in_transformers(prefix, aspect, tmp_path
     image = Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8))
 
     text = processor.apply_chat_template(CONVERSATION, add_generation_prompt=True)
-    assert text == render(params.processor, as_messages(CONVERSATION, 1))
+    assert text == render(params.processor, as_messages(CONVERSATION, [None])[0])
     inputs = processor(images=image, text=text, return_tensors="pt")
     first, second = tokenize(params.processor, text, 1)
     image_id = torch_model.config.image_token_id

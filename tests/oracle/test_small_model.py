@@ -56,7 +56,7 @@ def test_several_turns_are_rendered_alike(reference, small_model):
     expected = processor.apply_chat_template(turns, add_generation_prompt=True)
     from jaxprune.inputs.prompts import as_messages, render
 
-    assert render(small_model.processor, as_messages(turns, 1)) == expected
+    assert render(small_model.processor, as_messages(turns, [None])[0]) == expected
 
 
 @pytest.mark.parametrize(

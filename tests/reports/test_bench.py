@@ -32,10 +32,18 @@ def test_rows_and_ceilings(tiny_model):
     assert set(ceilings) == {"float32_macs", "bfloat16_macs", "bytes"}
 
 
-@pytest.mark.parametrize("change", [{"new_tokens": 1}, {"rounds": 0}, {"methods": []}])
-def test_mistakes(change, tiny_model):
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"new_tokens": 1}, "new_tokens is 1"),
+        ({"new_tokens": "x"}, "new_tokens is 'x'"),
+        ({"rounds": 0}, "rounds is 0"),
+        ({"methods": []}, "needs a method"),
+    ],
+)
+def test_mistakes(change, message, tiny_model):
     fields = {"methods": [("none", {})], **change}
-    with pytest.raises(jaxprune.UserError, match="needs a method"):
+    with pytest.raises(jaxprune.UserError, match=message):
         bench(tiny_model, [picture(0)], "What?", **fields)
 
 

@@ -8,7 +8,13 @@ import numpy as np
 
 from jaxprune.errors import UserError
 from jaxprune.models.activations import ACTIVATIONS
-from jaxprune.models.config import refuse_unknown, require, require_types
+from jaxprune.models.config import (
+    MOST_PATCHES,
+    refuse_unknown,
+    require,
+    require_types,
+    without_nulls,
+)
 from jaxprune.ops.attention import limits, scratch_bytes
 from jaxprune.ops.visual import Signal
 
@@ -39,6 +45,11 @@ class ClipVisionConfig:
                 f"The CLIP vision config has patches of {self.patch_size} pixels in an image "
                 f"of {self.image_size}."
             )
+        if self.num_patches > MOST_PATCHES:
+            raise UserError(
+                f"The CLIP vision config has {self.num_patches:,} patches in an image; expected at "
+                f"most {MOST_PATCHES:,}."
+            )
 
     @property
     def grid_size(self) -> int:
@@ -63,7 +74,7 @@ class ClipVisionConfig:
         Raises:
             UserError: for a field or value that this port does not handle.
         """
-        where = "The CLIP vision config"
+        where, fields = "The CLIP vision config", without_nulls(fields)
         handled = {field.name for field in dataclasses.fields(cls)} | {"num_channels"}
         # Old releases wrote the flag into every config; a tower has no words to tie.
         refuse_unknown(fields, handled | {"tie_word_embeddings"}, where)

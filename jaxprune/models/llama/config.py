@@ -6,7 +6,7 @@ from typing import Any
 
 from jaxprune.errors import UserError
 from jaxprune.models.activations import ACTIVATIONS
-from jaxprune.models.config import mapping, refuse_unknown, require, require_types
+from jaxprune.models.config import mapping, refuse_unknown, require, require_types, without_nulls
 
 _WHERE = "The LLaMA config"
 _SCALING_FIELDS = {
@@ -56,9 +56,14 @@ class RopeScaling:
             )
 
     @classmethod
-    def from_hf(cls, fields: Mapping[str, Any]) -> "RopeScaling":
-        """From `rope_scaling` (transformers 4) or `rope_parameters` (5), theta aside."""
-        fields = dict(fields)
+    def from_hf(cls, fields: Mapping[str, Any], *, length: Any) -> "RopeScaling":
+        """From `rope_scaling` (transformers 4) or `rope_parameters` (5), theta aside.
+
+        Args:
+            fields: those of the kind act; others do not, in transformers either.
+            length: the original context, of which only "llama3" asks.
+        """
+        fields = {**without_nulls(fields), "original_max_position_embeddings": length}
         old_name = fields.pop("type", "default")
         kind = fields.pop("rope_type", old_name)
         if fields.get("partial_rotary_factor") == 1:
@@ -68,13 +73,12 @@ class RopeScaling:
                 f"{_WHERE} has RoPE scaling {kind!r}; supported: {', '.join(_SCALING_FIELDS)}."
             )
         missing = _SCALING_FIELDS[kind] - set(fields)
-        unknown = set(fields) - _SCALING_FIELDS[kind]
-        if missing or unknown:
+        if missing or "partial_rotary_factor" in fields:
             raise UserError(
-                f"{_WHERE} has {kind!r} RoPE scaling with missing fields {sorted(missing)} and "
-                f"unknown fields {sorted(unknown)}; expected {sorted(_SCALING_FIELDS[kind])}."
+                f"{_WHERE} has {kind!r} RoPE scaling without {sorted(missing)}, or with "
+                f"partial_rotary_factor; expected {sorted(_SCALING_FIELDS[kind])}."
             )
-        return cls(kind=kind, **fields)
+        return cls(kind=kind, **{name: fields[name] for name in _SCALING_FIELDS[kind]})
 
     def to_hf(self) -> dict[str, Any]:
         fields = {name: getattr(self, name) for name in sorted(_SCALING_FIELDS[self.kind])}
@@ -144,14 +148,16 @@ class LlamaConfig:
         Raises:
             UserError: for a field or value that this port does not handle.
         """
+        fields = without_nulls(fields, "sliding_window")
         names = {field.name for field in dataclasses.fields(cls)} - {"rope_sections"}
         # max_sequence_length is a note in Vicuna's configs; RoPE's fields decide.
         handled = {"rope_parameters", "max_sequence_length", "sliding_window"}
+        handled |= {"original_max_position_embeddings"}
         refuse_unknown(fields, names | handled, _WHERE)
         kind = require(fields, "model_type", tuple(_DEFAULTS), _WHERE, "llama")
         require(fields, "hidden_act", tuple(ACTIVATIONS), _WHERE, "silu")
 
-        rope = mapping(fields, "rope_parameters", _WHERE) or mapping(fields, "rope_scaling", _WHERE)
+        rope = mapping(fields, "rope_scaling", _WHERE) or mapping(fields, "rope_parameters", _WHERE)
         theta = rope.pop("rope_theta", None)
         if theta is None:
             theta = fields.get("rope_theta")
@@ -167,7 +173,7 @@ class LlamaConfig:
             # Sizes that are none are refused by name below.
             "head_dim": (hidden_size // heads if divisible else 1) if width is None else width,
             "rope_theta": 10000.0 if theta is None else theta,
-            "rope_scaling": RopeScaling.from_hf(rope),
+            "rope_scaling": RopeScaling.from_hf(rope, length=_original_length(fields, rope, kind)),
             "dtype": dtype,
         }
         window = fields.get("sliding_window", defaults.pop("sliding_window", None))
@@ -186,3 +192,11 @@ class LlamaConfig:
         if self.rope_scaling.kind != "default":
             fields["rope_scaling"] = self.rope_scaling.to_hf()
         return {"model_type": "llama", **fields}
+
+
+def _original_length(fields: Mapping[str, Any], rope: Mapping[str, Any], kind: str) -> Any:
+    """The context that a model had before its RoPE was scaled, as transformers 5 finds it."""
+    name = "original_max_position_embeddings"
+    default = _DEFAULTS[kind]["max_position_embeddings"]
+    own = fields.get(name, rope.get(name))
+    return fields.get("max_position_embeddings", default) if own is None else own

@@ -8,8 +8,7 @@ LLAMA = KeyTable(
     rules=(
         Rule("model.embed_tokens.weight", "embed_tokens/embedding", KEEP),
         Rule("model.norm.weight", "norm/scale", KEEP),
-        # With tied embeddings the head is the embedding, and a stored one is passed over.
-        # (transformers 5.24 unties a model whose stored head differs from its embedding.)
+        # With tied words the head is the embedding, and a stored one is the same.
         Rule("lm_head.weight", "lm_head/kernel", TRANSPOSE, optional=True),
         Rule(f"{_LAYER}.input_layernorm.weight", f"{_HERE}/input_layernorm/scale", KEEP),
         Rule(
@@ -36,4 +35,5 @@ LLAMA = KeyTable(
         (r"lm_head/kernel", 1),
         (r"embed_tokens/embedding", 0),
     ),
+    words=("embed_tokens/embedding", "lm_head/kernel"),
 )

@@ -4,10 +4,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from jaxprune.errors import UserError
+from jaxprune.errors import LARGEST, UserError
 from jaxprune.models.activations import ACTIVATIONS
 from jaxprune.models.clip.config import ClipTower, ClipVisionConfig
-from jaxprune.models.config import mapping, refuse_unknown, require
+from jaxprune.models.config import mapping, refuse_unknown, require, without_nulls
 from jaxprune.models.llama.config import LlamaConfig
 from jaxprune.ops.tiles import Tiling, VisualSize, one_tile
 
@@ -29,7 +29,8 @@ class LlavaConfig:
     multimodal_projector_bias: bool = True
 
     def __post_init__(self) -> None:
-        if type(self.image_token_index) is not int:
+        index = self.image_token_index
+        if type(index) is not int or abs(index) > LARGEST:
             raise UserError(
                 f"{_WHERE} has image_token_index={self.image_token_index!r}; expected a whole "
                 "number."
@@ -130,6 +131,7 @@ class LlavaConfig:
     @classmethod
     def _read(cls, fields: Mapping[str, Any], *, dtype: str) -> dict[str, Any]:
         """The arguments of LLaVA's own fields; those of a subclass are let through."""
+        fields = without_nulls(fields)
         handled = {field.name for field in dataclasses.fields(cls)}
         handled |= {"image_seq_length", "ignore_index", "image_token_id", "tie_word_embeddings"}
         refuse_unknown(fields, handled, _WHERE)
@@ -140,8 +142,11 @@ class LlavaConfig:
 
         # Without a vision config LLaVA's tower is ViT-L/14 at 336 pixels; a size that is left
         # out of a given one has CLIP's own default, as in transformers.
-        vision = mapping(fields, "vision_config", _WHERE) or ClipVisionConfig().to_hf()
-        require(vision, "model_type", ("clip_vision_model",), "The vision config", None)
+        vision = mapping(fields, "vision_config", _WHERE)
+        if "vision_config" not in fields:
+            vision = ClipVisionConfig().to_hf()
+        clip = "clip_vision_model"
+        require(vision, "model_type", (clip,), "The vision config", clip)
         text = mapping(fields, "text_config", _WHERE)
         require(text, "model_type", ("llama", "mistral"), "The text config", "llama")
         if fields.get("tie_word_embeddings"):
@@ -158,7 +163,7 @@ class LlavaConfig:
             "vision_config": ClipVisionConfig.from_hf(vision, dtype=dtype),
             "text_config": LlamaConfig.from_hf(text, dtype=dtype),
             "image_token_index": fields.get(
-                "image_token_index", fields.get("image_token_id", 32000)
+                "image_token_id", fields.get("image_token_index", 32000)
             ),
             "vision_feature_layer": tuple(layer) if isinstance(layer, list) else layer,
             "vision_feature_select_strategy": select,

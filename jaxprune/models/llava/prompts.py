@@ -40,4 +40,7 @@ def vicuna_template(*, original: bool, end: str) -> str:
     )
 
 
-PROMPTS = PromptFormat({"": vicuna_template})
+# Tokens of ChatML and of Llama 3: decoders that have one were not taught Vicuna's format.
+OTHER_FORMATS = ("<|im_start|>", "<|start_header_id|>")
+
+PROMPTS = PromptFormat({"": vicuna_template}, other_formats=OTHER_FORMATS)

@@ -35,6 +35,9 @@ _WHOLE = KeyTable(
         # own.
         Spelling(r"model\.", "language_model.model."),
         Spelling(r"vision_model\.", "vision_tower.vision_model."),
+        # Levels that some releases of transformers wrote twice, or put the head under.
+        Spelling(r"language_model\.model\.model\.", "language_model.model."),
+        Spelling(r"language_model\.model\.lm_head\.", "language_model.lm_head."),
         Spelling(
             r"(?=(embeddings|encoder|pre_layrnorm|post_layernorm)\.)", "vision_tower.vision_model."
         ),

@@ -16,6 +16,8 @@ from jaxprune.ops.tiles import NEWLINE, Tiling, VisualSize
 _WHERE = "The LLaVA-NeXT config"
 _DEFAULT_PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 
+MOST_SIDES = 16  # of tiles that a tiling may have
+
 Pinpoints = tuple[tuple[int, int], ...]
 
 
@@ -40,10 +42,11 @@ class LlavaNextConfig(LlavaConfig):
             )
         side = self.vision_config.image_size
         for point in self.image_grid_pinpoints:
-            if any(n < 1 or n % side for n in point):
+            if any(n < 1 or n % side or n > MOST_SIDES * side for n in point):
                 raise UserError(
                     f"{_WHERE} has the tiling {list(point)} among its image_grid_pinpoints; "
-                    f"expected multiples of the vision tower's {side} pixels."
+                    f"expected multiples of the vision tower's {side} pixels, at most {MOST_SIDES} "
+                    "times that."
                 )
 
     @property

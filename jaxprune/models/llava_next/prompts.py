@@ -1,7 +1,7 @@
 """How LLaVA-NeXT writes its prompts: as its decoder was trained to read them."""
 
 from jaxprune.models.family import IMAGE_PLACEHOLDER, PromptFormat
-from jaxprune.models.llava.prompts import vicuna_template
+from jaxprune.models.llava.prompts import OTHER_FORMATS, vicuna_template
 
 # With Mistral: instructions in brackets, no system prompt.
 MISTRAL_TEMPLATE = (
@@ -23,4 +23,11 @@ def mistral_template(*, original: bool, end: str) -> str:
     return MISTRAL_TEMPLATE
 
 
-PROMPTS = PromptFormat({"mistral": mistral_template, "": vicuna_template})
+def template_of_llama(*, original: bool, end: str) -> str | None:
+    """Vicuna's in the publisher's format; elsewhere decoders of several formats are LLaMAs."""
+    return vicuna_template(original=True, end=end) if original else None
+
+
+PROMPTS = PromptFormat(
+    {"mistral": mistral_template, "": template_of_llama}, other_formats=OTHER_FORMATS
+)

@@ -1,0 +1,117 @@
+"""Many requests from a folder or a file, and their answers into one: `jaxprune generate --out`."""
+
+import json
+import pathlib
+import sys
+from collections.abc import Iterable
+from typing import Any, TextIO
+
+from jaxprune.engine.answer import Answer
+from jaxprune.errors import UserError
+from jaxprune.files import as_path, parse_json
+
+PIPE = "-"
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+
+
+def from_folder(folder: pathlib.Path, prompt: str) -> list[dict[str, Any]]:
+    """A request for every image of a folder, by name.
+
+    Raises:
+        UserError: for no folder, or one without an image.
+    """
+    if not folder.is_dir():
+        raise UserError(f"--images is {folder}, which is no directory.")
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    if not paths:
+        raise UserError(f"{folder} has no images; expected files *{', *'.join(SUFFIXES)}.")
+    return [{"image": str(path), "prompt": prompt} for path in paths]
+
+
+def from_file(name: str, prompt: str | None) -> list[dict[str, Any]]:
+    """A request for every line of JSON: "prompt" or "question", and "image", one or a list.
+
+    Args:
+        name: a file, to which images are relative, or "-" for stdin.
+        prompt: of lines that have none.
+
+    Raises:
+        UserError: for what cannot be read, or a line that is no request; it names the line.
+    """
+    if name == PIPE:
+        text, folder = sys.stdin.read(), pathlib.Path()
+    else:
+        path = as_path(name, "--data")
+        folder = path.parent
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} cannot be read as text ({error}).") from None
+    lines = [(n, line) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    if not lines:
+        raise UserError(f"{name} has no requests; expected an object of JSON in each line.")
+    return [_request(f"{name}, line {n}", line, folder, prompt) for n, line in lines]
+
+
+def _request(where: str, line: str, folder: pathlib.Path, prompt: str | None) -> dict[str, Any]:
+    try:
+        fields = parse_json(line)
+    except ValueError as error:
+        raise UserError(f"{where} is not JSON ({error}).") from None
+    said = None
+    if isinstance(fields, dict):
+        said = fields.get("prompt", fields.get("question", prompt))
+    if not isinstance(said, str):
+        raise UserError(f'{where} is no request; expected an object with the text "prompt".')
+    image = fields.get("image")
+    several = image if isinstance(image, list) else [] if image is None else [image]
+    if not all(isinstance(one, str) for one in several):
+        raise UserError(f"{where} has the image {image!r}; expected a path, or a list of them.")
+    paths = [one if one.startswith("data:") else str(folder / one) for one in several]
+    return {"image": paths if isinstance(image, list) else (paths or [None])[0], "prompt": said}
+
+
+def done_already(out: pathlib.Path, requests: list[dict[str, Any]]) -> int:
+    """How many requests a file of answers answers; a line that was cut off is taken away.
+
+    Raises:
+        UserError: for a file of other requests.
+    """
+    if not out.exists():
+        return 0
+    whole, _, rest = out.read_bytes().rpartition(b"\n")
+    if rest:
+        with out.open("r+b") as file:
+            file.truncate(len(whole) + bool(whole))
+    lines = whole.decode("utf-8", "replace").split("\n") if whole else []
+    for number, line in enumerate(lines):
+        try:
+            fields = parse_json(line)
+        except ValueError:
+            fields = None
+        same = number < len(requests) and isinstance(fields, dict)
+        if not same or any(fields.get(name) != x for name, x in requests[number].items()):
+            raise UserError(
+                f"{out} is there already, and line {number + 1} is no answer to request "
+                f"{number + 1}; name another file."
+            )
+    return len(lines)
+
+
+def write(
+    answers: Iterable[Any], requests: list[dict[str, Any]], file: TextIO, *, details: bool
+) -> int:
+    """A line of JSON for every request as its answer comes; how many could not be answered."""
+    failed = 0
+    for request, answer in zip(requests, answers, strict=True):
+        failed += isinstance(answer, UserError)
+        file.write(json.dumps({**request, **_fields(answer, details)}) + "\n")
+        file.flush()
+    return failed
+
+
+def _fields(answer: Any, details: bool) -> dict[str, Any]:
+    if isinstance(answer, UserError):
+        return {"error": str(answer)}
+    assert isinstance(answer, Answer)
+    return answer.as_dict() if details else {"text": answer.text}
