@@ -8,7 +8,7 @@ import argparse
 from PIL import Image, ImageDraw, ImageFont
 
 import jaxprune
-from jaxprune.inputs.images import load_image
+from jaxprune.inputs.images import picture_of
 from jaxprune.reports.kept_patches import kept_patches, views
 
 SIDE, GAP, CAPTION = 288, 16, 34
@@ -23,7 +23,7 @@ def main() -> None:
     args = parser.parse_args()
 
     params = jaxprune.load(args.model)
-    seen = views(params, load_image(args.image))[0]
+    seen = views(params, picture_of(args.image))[0]
     panels = []
     for method in ("none", "prumerge", "prumerge_plus"):
         answer = jaxprune.generate(

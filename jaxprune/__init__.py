@@ -7,7 +7,7 @@ from jaxprune.engine.buckets import Buckets
 from jaxprune.engine.forward import Batch, Forward, batch, forward
 from jaxprune.engine.warmup import WarmUp, warmup
 from jaxprune.errors import UserError
-from jaxprune.generate import generate, generate_many, stream
+from jaxprune.generate import encode, generate, generate_many, stream
 from jaxprune.inputs.images import fetch_image
 from jaxprune.inputs.processor import Processor
 from jaxprune.methods import (
@@ -65,6 +65,7 @@ __all__ = [
     "__version__",
     "batch",
     "calibrate",
+    "encode",
     "export",
     "fetch_image",
     "forward",

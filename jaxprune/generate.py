@@ -22,6 +22,7 @@ from jaxprune.engine.engine import Clock, Engine
 from jaxprune.engine.sampling import Ask, one_seed
 from jaxprune.engine.session import begin
 from jaxprune.errors import LARGEST, UserError, check_flag, check_whole, is_whole
+from jaxprune.inputs.images import EncodedImage, picture_of
 from jaxprune.inputs.processor import Processor
 from jaxprune.inputs.request import Request, make_request
 from jaxprune.methods.base import Plan
@@ -31,7 +32,7 @@ from jaxprune.models.family import ModelConfig
 from jaxprune.models.registry import depth_of
 
 Arrays = Params | Mapping[str, Any]
-OneImage = str | pathlib.Path | Image.Image | np.ndarray | None
+OneImage = str | pathlib.Path | bytes | Image.Image | np.ndarray | EncodedImage | None
 OnePrompt = str | list[dict[str, Any]]
 """A question, or a conversation as messages of "role" and "content"."""
 ManyImages = list[Any] | tuple[Any, ...]
@@ -195,6 +196,38 @@ def _ending_with(model: Params, eos_token_id: Any) -> Params:
         )
     processor = dataclasses.replace(model.processor, eos_token_ids=tuple(ids))
     return dataclasses.replace(model, processor=processor)
+
+
+def encode(
+    params: Arrays,
+    images: Any,
+    *,
+    method: Any = "none",
+    config: ModelConfig | None = None,
+    processor: Processor | None = None,
+    buckets: Buckets = DEFAULT_BUCKETS,
+    **method_options: Any,
+) -> Any:
+    """Run images through the tower once, to ask about them many times.
+
+    Args:
+        params, config, processor, buckets: as for `generate`.
+        images: one, or a list of them, in any form that `generate` takes.
+        method, method_options: what will prune them; others that go by no more of the tower
+            may too.
+
+    Returns:
+        What `generate`, `stream` and `generate_many` take instead of an image; a list of them
+        for a list. It stays on the devices as long as it is held.
+
+    Raises:
+        jaxprune.UserError: for a broken image, or a method that the model cannot follow.
+    """
+    model = complete(params, config, processor)
+    engine = Engine(model, plan_of(method, model.config, 0, method_options), buckets)
+    several = list(images) if isinstance(images, list | tuple) else [images]
+    found = [engine.encode_alone(picture_of(image), Clock()) for image in several]
+    return found if isinstance(images, list | tuple) else found[0]
 
 
 def plan_of(method: Any, config: ModelConfig, seed: Any, options: dict[str, Any]) -> Plan:

@@ -26,6 +26,7 @@ from jaxprune.cli.cost import cost
 from jaxprune.cli.generate import generate
 from jaxprune.cli.interrupt import ending_at_once
 from jaxprune.cli.methods import methods
+from jaxprune.cli.options import NO_VALUE
 from jaxprune.cli.output import note, stderr
 from jaxprune.cli.show import show
 from jaxprune.errors import UserError, UserNote
@@ -49,7 +50,13 @@ def _version(asked: bool) -> None:
 def _all(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_version, is_eager=True, help="Print it and exit."),
+        typer.Option(
+            "--version",
+            metavar=NO_VALUE,
+            callback=_version,
+            is_eager=True,
+            help="Print it and exit.",
+        ),
     ] = False,
 ) -> None:
     del version

@@ -22,7 +22,7 @@ from jaxprune.cli.options import (
 )
 from jaxprune.cli.output import print_wide
 from jaxprune.errors import check_whole
-from jaxprune.inputs.images import load_image
+from jaxprune.inputs.images import picture_of
 from jaxprune.methods.resolve import check_names
 from jaxprune.reports import bench as measure
 from jaxprune.reports.bench import Measured
@@ -59,7 +59,7 @@ def bench(
     chosen = [(text, _method_with_options(text)) for text in method or _BENCHED]
     for _, options in chosen:
         check_names(**options)
-    images = [load_image(image or jaxprune.DEMO_IMAGE)] * batch
+    images = [picture_of(image or jaxprune.DEMO_IMAGE)] * batch
     params = jaxprune.load(model, dtype=dtype, vision_tower=vision_tower, download=download)
     rows, ceilings = measure.bench(
         params, images, prompt, chosen, new_tokens=new_tokens, rounds=rounds

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from jaxprune import checkpoints_convert
-from jaxprune.cli.options import JsonOption, TowerOption
+from jaxprune.cli.options import NO_VALUE, JsonOption, TowerOption
 
 
 def convert(
@@ -19,7 +19,9 @@ def convert(
         str, typer.Option(help="hf: what transformers loads. jaxprune: this library's layout.")
     ] = "hf",
     vision_tower: TowerOption = None,
-    verify: Annotated[bool, typer.Option(help="Read back and compare bit by bit.")] = True,
+    verify: Annotated[
+        bool, typer.Option(metavar=NO_VALUE, help="Read back and compare bit by bit.")
+    ] = True,
     as_json: JsonOption = False,
 ) -> None:
     """Rewrite a checkpoint as one clean directory, and check it."""

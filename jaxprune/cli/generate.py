@@ -10,6 +10,7 @@ import typer
 import jaxprune
 from jaxprune.cli import interrupt, many
 from jaxprune.cli.options import (
+    NO_VALUE,
     DownloadOption,
     DtypeOption,
     ExtraOption,
@@ -27,7 +28,7 @@ from jaxprune.cli.output import note
 from jaxprune.engine.sampling import Ask
 from jaxprune.errors import UserError
 from jaxprune.files import as_path
-from jaxprune.inputs.images import load_image
+from jaxprune.inputs.images import picture_of
 from jaxprune.methods.resolve import check_names
 
 
@@ -61,7 +62,7 @@ def generate(
     top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest p.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="A string that ends the answer.")] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="No chat template.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", metavar=NO_VALUE, help="No chat template.")] = False,
     vision_tower: TowerOption = None,
     dtype: DtypeOption = "auto",
     download: DownloadOption = False,
@@ -83,7 +84,7 @@ def generate(
     requests = _requests(prompt, image, images, data, out)
     if requests is None:
         assert prompt is not None
-        pictures = [[load_image(path) for path in image]] if image else None
+        pictures = [[picture_of(path) for path in image]] if image else None
         params = jaxprune.load(model, dtype=dtype, vision_tower=vision_tower, download=download)
         (answer,) = jaxprune.generate(params, pictures, [prompt], **asked)
         print(json.dumps({"method": method, **answer.as_dict()}) if as_json else answer.text)

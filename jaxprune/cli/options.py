@@ -10,6 +10,8 @@ import typer
 from jaxprune.errors import UserError
 from jaxprune.files import parse_json
 
+NO_VALUE = " "  # what --help shows beside a flag, instead of its type
+
 ModelOption = Annotated[
     str | None,
     typer.Option("--model", help="Model directory; without it, the small model that ships."),
@@ -20,7 +22,11 @@ TowerOption = Annotated[
 ]
 DownloadOption = Annotated[
     bool,
-    typer.Option("--download", help="Fetch a model owner/name that is not in the Hub's cache."),
+    typer.Option(
+        "--download",
+        metavar=NO_VALUE,
+        help="Fetch a model owner/name that is not in the Hub's cache.",
+    ),
 ]
 DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 MethodOption = Annotated[
@@ -38,7 +44,9 @@ ExtraOption = Annotated[
     list[str] | None,
     typer.Option("--option", help="Any other option of the method, e.g. --option c=4.0."),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+JsonOption = Annotated[
+    bool, typer.Option("--json", metavar=NO_VALUE, help="Print one JSON object.")
+]
 
 
 def parse_method(text: str) -> str | tuple[str, ...]:

@@ -23,7 +23,7 @@ from jaxprune.cli.options import (
 from jaxprune.cli.output import note, refuse_existing
 from jaxprune.errors import UserError
 from jaxprune.files import whole_file
-from jaxprune.inputs.images import load_image
+from jaxprune.inputs.images import picture_of
 from jaxprune.methods.resolve import check_names
 from jaxprune.reports.kept_patches import kept_over_depth
 
@@ -47,7 +47,7 @@ def show(
 ) -> None:
     """Draw the patches that survive, before the decoder and after some of its layers."""
     refuse_existing(out)
-    chosen, drawn = _parse_layers(layers), load_image(image)
+    chosen, drawn = _parse_layers(layers), picture_of(image)
     pruning = {
         "method": parse_method(method),
         **method_options(option, kept_over_depth, keep=keep, save=save, keep_rate=keep_rate),

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from jaxtyping import Float
+from PIL import Image
 
 from jaxprune.devices.compilation import covered
 from jaxprune.devices.memory import free_bytes, told_if_exhausted
@@ -34,6 +35,7 @@ from jaxprune.engine.schedules import candidates_left, gather_schedule, mask_sch
 from jaxprune.engine.shapes import ImageShape, RowRoom, Shapes
 from jaxprune.engine.stages import DecodeState, Read
 from jaxprune.errors import UserError
+from jaxprune.inputs.images import EncodedImage
 from jaxprune.inputs.layout import (
     NO_IMAGES,
     ImageRoom,
@@ -43,11 +45,12 @@ from jaxprune.inputs.layout import (
     text_room,
     visual_length,
 )
+from jaxprune.inputs.pixels import pixel_values, size_of
 from jaxprune.inputs.request import Row
 from jaxprune.methods.base import Plan
 from jaxprune.model import Params
 from jaxprune.models.family import Embedded
-from jaxprune.models.registry import depth_of
+from jaxprune.models.registry import depth_of, fingerprint
 from jaxprune.ops.cuts import NO_CUTS, Schedule, Tokens
 from jaxprune.ops.tiles import Packing, Questions, Tiling, pack_tilings
 from jaxprune.ops.visual import Selection, Signal, VisionOutput
@@ -235,6 +238,57 @@ class Engine:
         with on_mesh(self.mesh), clock.stage("encode", **shape._asdict()):
             vision = stages.encode(self.arrays, pixels, config=self.config, signals=self.signals)
             return Encoded(clock.wait(vision), packing, shape, tilings)
+
+    def encode_alone(self, image: Image.Image, clock: Clock) -> EncodedImage:
+        """An image through the tower, to be asked about later."""
+        tiling = self.config.tiling(size_of(image))
+        pixels = pixel_values(self.processor, [image], self.config)
+        encoded = self.encode(pixels, [tiling], self.shapes.of_images(1, tiling.tiles), clock)
+        return EncodedImage(image.height, image.width, fingerprint(self.config), encoded.vision)
+
+    def together(
+        self,
+        images: Sequence[Image.Image | EncodedImage],
+        tilings: Sequence[Tiling],
+        shape: ImageShape,
+        clock: Clock,
+    ) -> Encoded:
+        """Images of which some are encoded already, as `encode` gives those that are not.
+
+        Raises:
+            UserError: for one of another model, or without what the method goes by.
+        """
+        known = [x if isinstance(x, EncodedImage) else self.encode_alone(x, clock) for x in images]
+        for image in known:
+            missing = self.signals - set(image.vision.signals)
+            if image.made_for != fingerprint(self.config) or missing:
+                raise UserError(
+                    "An image is encoded by another model, or without what the method goes by; "
+                    "encode it with this one: jaxprune.encode(params, image, method=...)."
+                )
+        _, packing = self.padded(np.zeros((0, 1, 1, 3), np.float32), tilings, shape)
+        tile: list[int] = []
+        first = 0
+        for image, tiling in zip(known, tilings, strict=True):
+            tile += range(first, first + tiling.tiles)
+            first += len(image.vision.features)
+        vision = self.joined([image.vision for image in known], tile, shape, clock)
+        return Encoded(vision, spread(packing, self.mesh), shape, tilings)
+
+    def joined(
+        self, parts: Sequence[VisionOutput], tile: Sequence[int], shape: ImageShape, clock: Clock
+    ) -> VisionOutput:
+        """Some tiles of encoded images, numbered through all parts, in the room of a shape."""
+        padded = np.zeros(shape.images * shape.tiles, np.int32)
+        padded[: len(tile)] = tile
+        own = [
+            part._replace(signals={signal: part.signals[signal] for signal in self.signals})
+            for part in parts
+        ]
+        own += own[:1] * (shape.images - len(own))
+        with on_mesh(self.mesh), clock.stage("encode", **shape._asdict()):
+            vision: VisionOutput = stages.together(tuple(own), spread(padded, self.mesh))
+            return clock.wait(vision)
 
     def padded(
         self,

@@ -15,6 +15,7 @@ from jaxprune.engine.running_text import RunningText
 from jaxprune.engine.sampling import Ask, Sampling
 from jaxprune.engine.stages import DecodeState
 from jaxprune.errors import UserError
+from jaxprune.inputs.images import EncodedImage
 from jaxprune.inputs.pixels import pixel_values, size_of
 from jaxprune.inputs.request import Request
 from jaxprune.ops.tiles import Tiling
@@ -139,11 +140,15 @@ def begin(engine: Engine, request: Request, asks: Sequence[Ask], clock: Clock) -
     engine.context_left(rows, engine.surely(tilings))
     seen = NOTHING_SEEN
     if tilings:
-        with clock.stage("preprocess"):
-            pixels = pixel_values(processor, request.images, engine.config)
         shape = engine.shapes.of_images(len(tilings), max(tiling.tiles for tiling in tilings))
+        if any(isinstance(image, EncodedImage) for image in request.images):
+            encoded = engine.together(request.images, tilings, shape, clock)
+        else:
+            with clock.stage("preprocess"):
+                pixels = pixel_values(processor, request.images, engine.config)
+            encoded = engine.encode(pixels, tilings, shape, clock)
         seen = engine.select(
-            engine.encode(pixels, tilings, shape, clock),
+            encoded,
             batch=batch,
             row_images=max(len(row.images) for row in rows),
             questions=request.questions,

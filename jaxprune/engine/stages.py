@@ -98,6 +98,13 @@ def encode(
     return family_of(config).encode(params, config, pixels, signals)
 
 
+@jax.jit
+def together(parts: tuple[VisionOutput, ...], tile: Int[Array, " F"]) -> VisionOutput:
+    """Some of the tiles of several encoded images, one behind the other."""
+    joined: VisionOutput = jax.tree.map(lambda *x: jnp.concatenate(x)[tile], *parts)
+    return joined
+
+
 @functools.partial(jax.jit, static_argnames=("config",))
 def embed_questions(
     params: Arrays, token_ids: Int[Array, "I Q"], *, config: ModelConfig

@@ -18,7 +18,7 @@ from jaxprune.engine.buckets import DEFAULT_BUCKETS, Buckets
 from jaxprune.engine.engine import NOTHING_SEEN, Clock, Encoded, Engine, Prompt, Seen
 from jaxprune.engine.sampling import Ask
 from jaxprune.engine.shapes import ImageShape, RowRoom
-from jaxprune.errors import UserError
+from jaxprune.errors import UserError, check_flag
 from jaxprune.inputs.layout import ImageRoom
 from jaxprune.inputs.processor import Processor
 from jaxprune.inputs.request import Row
@@ -81,6 +81,7 @@ def warmup(
     text_only: bool = False,
     greedy: bool = True,
     sampled: bool = False,
+    encoded: bool = False,
     config: ModelConfig | None = None,
     processor: Processor | None = None,
     show_progress: bool | None = None,
@@ -99,7 +100,9 @@ def warmup(
             each, 512 text tokens and 128 new ones; `jaxprune.Buckets().up_to(...)` makes others.
         text_only: prompts without an image too.
         greedy: programs that take the likeliest token.
-        sampled: programs that draw tokens, of any temperature, top-k and top-p.
+        sampled: programs that draw tokens, of any temperature, top-k and top-p, or note more of
+            them than the likeliest.
+        encoded: programs for images that `jaxprune.encode` has been given before.
         show_progress: a bar on stderr; None shows it in a terminal.
 
     Returns:
@@ -114,7 +117,9 @@ def warmup(
     engine = Engine(model, resolve(method, depth_of(model.config), **method_options), buckets)
     if engine.plan.vision is not None and model.config.one_tile:
         engine.plan.vision.check(model.config.tower.tokens_per_tile)
-    warm = _WarmUp(engine, [name for name, wanted in ((True, greedy), (False, sampled)) if wanted])
+    check_flag("encoded", encoded)
+    draws = [name for name, wanted in ((True, greedy), (False, sampled)) if wanted]
+    warm = _WarmUp(engine, draws, encoded)
     began, made = time.perf_counter(), Compilations()
     images = list(warm.combinations())
     with guarded(), told_if_exhausted():
@@ -138,10 +143,11 @@ class _WarmUp:
     Args:
         engine: what is to be warm.
         draws: greedy programs (True), those that draw (False), or both.
+        encoded: images may have been encoded before.
     """
 
-    def __init__(self, engine: Engine, draws: Sequence[bool]) -> None:
-        self.engine, self.draws = engine, draws
+    def __init__(self, engine: Engine, draws: Sequence[bool], encoded: bool) -> None:
+        self.engine, self.draws, self.encoded = engine, draws, encoded
         self.done = 0
         self._encoded: dict[ImageShape, Encoded] = {}
         self._seen: set[Any] = set()
@@ -181,6 +187,10 @@ class _WarmUp:
             pixels = np.zeros((0, side, side, 3), np.float32)
             # Only the newest stays in memory.
             self._encoded = {shape: self.engine.encode(pixels, (), shape, Clock())}
+            if self.encoded:
+                one = self.engine.shapes.of_images(1, shape.tiles)
+                part = self.engine.encode(pixels, (), one, Clock()).vision
+                self.engine.joined([part], (), shape, Clock())
         return self._encoded[shape]
 
     def _rows(self, batch: int, seen: Seen, rooms: Sequence[RowRoom], least: int) -> None:

@@ -1,6 +1,7 @@
 """Images as users have them -> RGB images. Files are data: broken ones are refused."""
 
 import base64
+import dataclasses
 import http.client
 import io
 import os
@@ -16,6 +17,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from jaxprune.errors import UserError, check_whole, is_number
 from jaxprune.files import as_path
+from jaxprune.ops.visual import VisionOutput
 
 MAX_PIXELS = 89_478_485
 """Pillow's own bound (a quarter of a gigabyte at 3 bytes); larger images are refused."""
@@ -25,8 +27,24 @@ MAX_ASPECT = 300
 centre crop would throw away anyway, but at the size of the resized strip."""
 
 
-def load_image(image: Any) -> Image.Image:
-    """An image of any form as RGB.
+@dataclasses.dataclass(frozen=True, eq=False)
+class EncodedImage:
+    """An image that has been through the tower, to be asked about; `jaxprune.encode` makes one.
+
+    Attributes:
+        height, width: its pixels.
+        made_for: the fingerprint of the model.
+        vision: what the tower gives for its tiles, and for others that pad them.
+    """
+
+    height: int
+    width: int
+    made_for: str
+    vision: VisionOutput
+
+
+def load_image(image: Any) -> Image.Image | EncodedImage:
+    """An image of any form as RGB; one that is encoded already as it is.
 
     Args:
         image: a path, a "file:" or "data:" URL, the bytes of a file, a file opened for reading
@@ -40,6 +58,8 @@ def load_image(image: Any) -> Image.Image:
     Raises:
         UserError: for what is no image, is damaged, or is larger than `MAX_PIXELS`.
     """
+    if isinstance(image, EncodedImage):
+        return image
     if isinstance(image, Image.Image):
         return _decoded(image, "The PIL image", "open it again")
     if isinstance(image, bytes | bytearray | memoryview):
@@ -65,6 +85,18 @@ def load_image(image: Any) -> Image.Image:
     raise UserError(
         f"image is a {type(image).__name__}; expected a path, bytes, a PIL image or a uint8 array."
     )
+
+
+def picture_of(image: Any) -> Image.Image:
+    """What `load_image` gives, where an image is needed that can be looked at.
+
+    Raises:
+        UserError: as `load_image`, and for one that is encoded.
+    """
+    found = load_image(image)
+    if isinstance(found, EncodedImage):
+        raise UserError("An encoded image has no pixels; pass the image itself here.")
+    return found
 
 
 def fetch_image(url: str, *, timeout: float = 10.0, most_bytes: int = 50_000_000) -> Image.Image:
@@ -96,7 +128,7 @@ def fetch_image(url: str, *, timeout: float = 10.0, most_bytes: int = 50_000_000
         if isinstance(error, UserError):
             raise
         raise UserError(f"{url} cannot be fetched ({error}).") from None
-    return load_image(bytes(content))
+    return picture_of(bytes(content))
 
 
 _WEB = ("http://", "https://")

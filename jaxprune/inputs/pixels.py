@@ -8,7 +8,7 @@ from jaxtyping import Float
 from PIL import Image
 
 from jaxprune.errors import UserError, first_line, is_whole
-from jaxprune.inputs.images import crop_strip
+from jaxprune.inputs.images import EncodedImage, crop_strip, picture_of
 from jaxprune.inputs.processor import Processor
 from jaxprune.models.family import ModelConfig
 from jaxprune.ops.tiles import VisualSize
@@ -16,7 +16,7 @@ from jaxprune.ops.tiles import VisualSize
 MOST_ENLARGED = 16  # sides of a tile that an image may be resized to before it is cropped
 
 
-def size_of(image: Image.Image) -> VisualSize:
+def size_of(image: Image.Image | EncodedImage) -> VisualSize:
     """The pixels of an image, as a config's `tiling` asks for them."""
     return VisualSize(image.height, image.width)
 
@@ -33,7 +33,7 @@ def _whole_numbers(fields: Any) -> Iterator[int]:
 
 
 def pixel_values(
-    processor: Processor, images: Sequence[Image.Image], config: ModelConfig
+    processor: Processor, images: Sequence[Image.Image | EncodedImage], config: ModelConfig
 ) -> Float[np.ndarray, "F H W 3"]:
     """RGB images -> normalised pixels of all their tiles, float32.
 
@@ -50,7 +50,7 @@ def pixel_values(
             f"{size}; it is of another model."
         )
     tiles: list[np.ndarray] = []
-    for image in images:
+    for image in map(picture_of, images):
         tiling = config.tiling(size_of(image))
         array = np.asarray(crop_strip(image) if tiling.tiles == 1 else image)
         try:

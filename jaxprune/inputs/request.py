@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from jaxprune.errors import UserError, check_flag
-from jaxprune.inputs.images import load_image
+from jaxprune.inputs.images import EncodedImage, load_image
 from jaxprune.inputs.processor import Processor
 from jaxprune.inputs.prompts import (
     AS_TEXT,
@@ -45,12 +45,12 @@ class Request:
 
     Attributes:
         rows: one a prompt.
-        images: the distinct images of all rows, RGB.
+        images: the distinct images of all rows, RGB or encoded.
         single: the user gave one prompt rather than a list, and gets one answer.
     """
 
     rows: list[Row]
-    images: list[Image.Image]
+    images: list[Image.Image | EncodedImage]
     single: bool
 
     @property
@@ -70,7 +70,7 @@ class Request:
     def with_own_images(self) -> "Request":
         """The same request, no image shared by two rows: for what is seen of it by the question."""
         rows: list[Row] = []
-        images: list[Image.Image] = []
+        images: list[Image.Image | EncodedImage] = []
         for row in self.rows:
             own = [len(images) + n for n in range(len(row.images))]
             images += [self.images[image] for image in row.images]
@@ -105,7 +105,7 @@ def make_request(
     broken = processor.special_tokens if neutralise else ()
     prompts, image_lists, single = _pair(image, prompt)
     distinct: dict[int, int] = {}  # the same object in several rows is encoded once
-    loaded: list[Image.Image] = []
+    loaded: list[Image.Image | EncodedImage] = []
     rows = []
     if answers is not None and len(answers) != len(prompts):
         raise UserError(f"{len(answers)} answers came with {len(prompts)} prompts; give one each.")

@@ -89,6 +89,7 @@ class _Worker:
     def start(self) -> None:
         """Begin the process's start, without waiting for it."""
         if self._process is None or self._process.poll() is not None:
+            self.end()
             self._process = subprocess.Popen(
                 [sys.executable, "-P", str(_WORKER)],
                 stdin=subprocess.PIPE,

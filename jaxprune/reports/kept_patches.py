@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from jaxprune.engine.answer import Answer
 from jaxprune.errors import UserError
 from jaxprune.generate import generate
-from jaxprune.inputs.images import load_image
+from jaxprune.inputs.images import picture_of
 from jaxprune.inputs.pixels import pixel_values, size_of
 from jaxprune.model import Params
 
@@ -125,7 +125,7 @@ def kept_over_depth(
     for layer in layers or ():
         if not 0 <= layer < depth:
             raise UserError(f"layer {layer} is asked for; the decoder has 0 to {depth - 1}.")
-    seen = load_image(image)
+    seen = picture_of(image)
     answer: Answer = generate(
         params, seen, prompt, method=method, max_new_tokens=1, return_details=True, **method_options
     )

@@ -26,6 +26,8 @@ def test_the_version(run):
 def test_every_command_has_help(command, run):
     done = run(command, "--help")
     assert done.code == 0 and f" {command} [OPTIONS]" in done.out
+    flags = [line for line in done.out.splitlines() if "<bool>" in line]
+    assert all("--help" in line for line in flags)  # which is not ours
 
 
 @pytest.mark.parametrize(

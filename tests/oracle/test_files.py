@@ -276,7 +276,7 @@ CASES = {
     ),
     "nothing normalised": preprocessor(do_normalize=False),
     "bilinear": preprocessor(resample=2),
-    "a null of the preprocessor": preprocessor(resample=None),
+    "a null of the preprocessor": preprocessor(do_convert_rgb=None),
 }
 
 
