@@ -62,7 +62,7 @@ def _from_hub(name: str, *, download: bool) -> pathlib.Path:
             raise UserError(f"{name} cannot be fetched from the Hub ({error}).") from None
         raise UserError(
             f"{name} is no directory here, and the Hub's local cache does not hold it; download "
-            "it first, or pass download=True."
+            "it first, or pass download=True (--download)."
         ) from None
 
 

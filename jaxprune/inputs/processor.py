@@ -77,6 +77,13 @@ class Processor:
 
         return behind("a", IMAGE_PLACEHOLDER[:-1]) + behind("e", IMAGE_PLACEHOLDER[-1])
 
+    @property
+    def image_file(self) -> str:
+        """The file that says how images are prepared, for messages."""
+        path = None if self.directory is None else self.directory / "processor_config.json"
+        nested = path is not None and path.is_file() and "image_processor" in read_json(path)
+        return "processor_config.json" if nested else "preprocessor_config.json"
+
     @functools.cached_property
     def special_tokens(self) -> tuple[str, ...]:
         """The texts that the tokenizer does not take for text."""

@@ -2,8 +2,8 @@
 
 A conversation's messages hold text, or parts: texts and images in any order. An image stands
 where its part is, where a user's plain text says "<image>", or else in front. Everywhere else
-"<image>" is text: in parts, in what the assistant said, beside parts that are images, and where
-it is written "\\<image>".
+"<image>" is text: in parts, in what the assistant said, beside parts that are images, a single one
+in the middle of a sentence, and where it is written "\\<image>".
 """
 
 import re
@@ -23,6 +23,7 @@ ZERO_WIDTH = "\u200b"
 
 _ROLES = ("system", "user", "assistant")
 _SOURCES = ("image", "path", "url", "base64", "image_url")  # a part's key for its own image
+_WORD = re.compile(rf"\S[^\n]*{re.escape(IMAGE_PLACEHOLDER)}[^\n]*\S")
 _SLOT = re.compile(f"{re.escape(IMAGE_PLACEHOLDER)}|{AS_TEXT}")
 
 
@@ -48,6 +49,7 @@ def as_messages(
     if not messages or messages[-1]["role"] != "user":
         raise UserError("The conversation does not end with a user message; add the question.")
     placed = any(_is_image(part) for message in messages for part in _parts(message))
+    placed = placed or not _plain_places(messages)
     found: list[Message] = []
     for message in messages:
         text_only = placed or message["role"] != "user" or not isinstance(message["content"], str)
@@ -176,9 +178,19 @@ def num_places(prompt: Any) -> int:
     images = [part for _, part in parts if _is_image(part)]
     if images:
         return sum(source(part) is None for part in images)
+    return _plain_places(messages)
+
+
+def _plain_places(messages: Sequence[Message]) -> int:
+    """How many images plain text has places for.
+
+    A single "<image>" in the middle of a sentence is none, but the word: "What does the <image>
+    tag do?" is asked about an image in front.
+    """
     plain = (m["content"] for m in messages if m["role"] == "user")
-    texts = (text.replace(ESCAPED, "") for text in plain if isinstance(text, str))
-    return sum(text.count(IMAGE_PLACEHOLDER) for text in texts)
+    text = "\n".join(x.replace(ESCAPED, "") for x in plain if isinstance(x, str))
+    found = text.count(IMAGE_PLACEHOLDER)
+    return 0 if found == 1 and _WORD.search(text) else found
 
 
 def question_of(prompt: Any) -> str:
