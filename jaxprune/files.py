@@ -33,8 +33,12 @@ def as_path(value: object, what: str) -> pathlib.Path:
         if not text or "\0" in text:
             raise ValueError
         path = pathlib.Path(text).expanduser()
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             path.stat()
+    except PermissionError:
+        raise UserError(
+            f"{what} is {path}, which may not be looked at; check its folder."
+        ) from None
     except (OSError, RuntimeError, ValueError):  # too long, no such home, a null character
         raise UserError(f"{what} is {text[:60]!r}, which is not a path; name another.") from None
     return path

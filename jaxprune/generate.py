@@ -178,10 +178,13 @@ def generate(
     return answers[0] if request.single else answers
 
 
+_BY_MODEL = ("min_new_tokens", "repetition_penalty", "suppress_tokens")
+
+
 def _ask(model: Params, **fields: Any) -> Ask:
-    """What a row asks for: what is None goes by the model's own defaults, else by `Ask`'s."""
+    """What a row asks for; what the model has a default of its own for may be None."""
     assert model.processor is not None
-    given = {name: value for name, value in fields.items() if value is not None}
+    given = {name: x for name, x in fields.items() if x is not None or name not in _BY_MODEL}
     return Ask(**{**model.processor.defaults, **given})
 
 
@@ -375,6 +378,8 @@ def generate_many(
     )  # fmt: skip
     engine = Engine(model, plan_of(method, model.config, seed, method_options), buckets)
     buckets.fit("batch", batch_size)
+    if logprobs is not None and not return_details:
+        raise UserError("logprobs are in the Answer; pass return_details=True.")
     queue = Queue(
         engine, ask, chat=chat, neutralise=neutralise, batch_size=batch_size, details=return_details
     )

@@ -159,6 +159,7 @@ class Fuzzer:
     """Inputs of every kind to a tiny model in a folder of its own."""
 
     def __init__(self, folder):
+        folder.mkdir()
         self.folder = folder
         self.whole = folder / "whole"
         builders.write_directory(self.whole, builders.tiny_config())
@@ -313,9 +314,13 @@ def run(inputs, seed, *, show=False):
     """What went wrong: (kind, seed of the input, traceback), and how often each kind answered."""
     wrong, ended, began = [], collections.Counter(), 0
     signal.signal(signal.SIGALRM, out_of_time)
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.chdir(folder),  # for what is written under an odd name
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")
-        fuzzer = Fuzzer(pathlib.Path(folder))
+        fuzzer = Fuzzer(pathlib.Path(folder) / "files")
         kinds = list(fuzzer.kinds().items())
         for i in track(range(inputs), "Odd inputs", disable=not show):
             if i == 10 * len(kinds):  # the model's programs are made by then

@@ -52,10 +52,12 @@ def load_checkpoint(
     """
     directory = existing_directory(directory)
     tower = None if vision_tower is None else existing_directory(vision_tower)
+    name = _name_of(dtype)
     with explained(directory, tower):
-        config, plan = planned(directory, tower, dtype=_resolve_dtype(dtype, directory))
-        if mesh is not None:
-            mesh = check_mesh(mesh, config.mesh_splits())
+        config, plan = planned(directory, tower, dtype=_resolve_dtype(name, directory))
+    if mesh is not None:
+        mesh = check_mesh(mesh, config.mesh_splits())
+    with explained(directory, tower):
         return _laid_out(plan, config, mesh, show_progress), config
 
 
@@ -123,15 +125,24 @@ def _equal(one: StoredTensor, other: StoredTensor) -> bool:
     return np.array_equal(one.read(), other.read())
 
 
-def _resolve_dtype(dtype: str, directory: pathlib.Path) -> str:
+def _name_of(dtype: Any) -> str:
+    """ "auto" or the name of a dtype.
+
+    Raises:
+        UserError: for one that is not supported.
+    """
     try:
         name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
     except TypeError:  # not even numpy knows it
         name = ""
-    if name in DTYPES:
-        return name
-    if name != "auto":
+    if name not in ("auto", *DTYPES):
         raise UserError(f"dtype is {dtype!r}; expected one of: auto, {', '.join(DTYPES)}.")
+    return name
+
+
+def _resolve_dtype(name: str, directory: pathlib.Path) -> str:
+    if name != "auto":
+        return name
     if jax.default_backend() == "cpu":
         return "float32"
     stored = {tensor.dtype for tensor in stored_tensors(directory)}

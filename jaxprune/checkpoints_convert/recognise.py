@@ -86,7 +86,12 @@ def what_it_is(directory: pathlib.Path) -> str | None:
     """What a directory holds instead of a whole model, and what to do; None: nothing known."""
     try:
         files = sorted(path for path in directory.iterdir() if path.is_file())
-        unfinished = [*directory.rglob("*.incomplete")]
+        unfinished = [
+            path
+            for place in (directory, directory / ".cache" / "huggingface" / "download",
+                          directory.parent.parent / "blobs")
+            for path in place.glob("*.incomplete")
+        ]  # fmt: skip
     except OSError:
         return None
     names = {path.name for path in files}

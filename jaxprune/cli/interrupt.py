@@ -59,6 +59,5 @@ def _end() -> None:
         if sys.stderr.isatty():
             sys.stderr.write(_SHOW_CURSOR)
         note(" ".join(["Interrupted.", *_advice]))
-        sys.stdout.flush()
-        sys.stderr.flush()
+        sys.stderr.flush()  # not stdout, which a pipe may hold up; what is there is flushed
     os._exit(INTERRUPTED)

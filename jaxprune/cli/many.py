@@ -20,9 +20,11 @@ def from_folder(folder: pathlib.Path, prompt: str) -> list[dict[str, Any]]:
     Raises:
         UserError: for no folder, or one without an image.
     """
-    if not folder.is_dir():
-        raise UserError(f"--images is {folder}, which is no directory.")
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    folder = as_path(folder, "--images")
+    try:
+        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    except OSError as error:
+        raise UserError(f"--images is {folder}, which is no directory to read ({error}).") from None
     if not paths:
         raise UserError(f"{folder} has no images; expected files *{', *'.join(SUFFIXES)}.")
     return [{"image": str(path), "prompt": prompt} for path in paths]
@@ -38,15 +40,12 @@ def from_file(name: str, prompt: str | None) -> list[dict[str, Any]]:
     Raises:
         UserError: for what cannot be read, or a line that is no request; it names the line.
     """
-    if name == PIPE:
-        text, folder = sys.stdin.read(), pathlib.Path()
-    else:
-        path = as_path(name, "--data")
-        folder = path.parent
-        try:
-            text = path.read_text(encoding="utf-8-sig")
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} cannot be read as text ({error}).") from None
+    path = None if name == PIPE else as_path(name, "--data")
+    folder = pathlib.Path() if path is None else path.parent
+    try:
+        text = sys.stdin.read() if path is None else path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name} cannot be read as text ({error}).") from None
     lines = [(n, line) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if not lines:
         raise UserError(f"{name} has no requests; expected an object of JSON in each line.")
@@ -79,23 +78,39 @@ def done_already(out: pathlib.Path, requests: list[dict[str, Any]]) -> int:
     """
     if not out.exists():
         return 0
-    whole, _, rest = out.read_bytes().rpartition(b"\n")
-    if rest:
-        with out.open("r+b") as file:
-            file.truncate(len(whole) + bool(whole))
-    lines = whole.decode("utf-8", "replace").split("\n") if whole else []
+    try:
+        content = out.read_bytes()
+    except OSError as error:
+        raise UserError(f"{out} cannot be read ({error}).") from None
+    whole, newline, rest = content.rpartition(b"\n")
+    lines = whole.decode("utf-8", "replace").split("\n") if newline else []
     for number, line in enumerate(lines):
         try:
             fields = parse_json(line)
         except ValueError:
             fields = None
-        same = number < len(requests) and isinstance(fields, dict)
-        if not same or any(fields.get(name) != x for name, x in requests[number].items()):
+        answered = isinstance(fields, dict) and {"text", "error"} & set(fields)
+        if number >= len(requests) or not answered or _differ(fields, requests[number]):
             raise UserError(
                 f"{out} is there already, and line {number + 1} is no answer to request "
                 f"{number + 1}; name another file."
             )
+    if rest:
+        _take_away(out, rest, requests[len(lines) :])
     return len(lines)
+
+
+def _differ(fields: Any, request: dict[str, Any]) -> bool:
+    return any(fields.get(name) != value for name, value in request.items())
+
+
+def _take_away(out: pathlib.Path, rest: bytes, requests: list[dict[str, Any]]) -> None:
+    """Cut off a line that was not finished, if it is the beginning of the next answer."""
+    begun = json.dumps(requests[0])[:-1].encode() if requests else b""
+    if not begun or not (rest.startswith(begun) or begun.startswith(rest)):
+        raise UserError(f"{out} is there already, and ends in no answer; name another file.")
+    with out.open("r+b") as file:
+        file.truncate(out.stat().st_size - len(rest))
 
 
 def write(

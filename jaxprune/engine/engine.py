@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 from PIL import Image
 
 from jaxprune.devices.compilation import covered
@@ -50,7 +50,7 @@ from jaxprune.inputs.request import Row
 from jaxprune.methods.base import Plan
 from jaxprune.model import Params
 from jaxprune.models.family import Embedded
-from jaxprune.models.registry import depth_of, fingerprint
+from jaxprune.models.registry import depth_of
 from jaxprune.ops.cuts import NO_CUTS, Schedule, Tokens
 from jaxprune.ops.tiles import Packing, Questions, Tiling, pack_tilings
 from jaxprune.ops.visual import Selection, Signal, VisionOutput
@@ -244,7 +244,13 @@ class Engine:
         tiling = self.config.tiling(size_of(image))
         pixels = pixel_values(self.processor, [image], self.config)
         encoded = self.encode(pixels, [tiling], self.shapes.of_images(1, tiling.tiles), clock)
-        return EncodedImage(image.height, image.width, fingerprint(self.config), encoded.vision)
+        return EncodedImage(image.height, image.width, self._some_weights, encoded.vision)
+
+    @property
+    def _some_weights(self) -> Array:
+        """What tells this model from others, whatever their config."""
+        first: Array = jax.tree.leaves(self.arrays)[0]
+        return first
 
     def together(
         self,
@@ -261,7 +267,7 @@ class Engine:
         known = [x if isinstance(x, EncodedImage) else self.encode_alone(x, clock) for x in images]
         for image in known:
             missing = self.signals - set(image.vision.signals)
-            if image.made_for != fingerprint(self.config) or missing:
+            if image.tower is not self._some_weights or missing:
                 raise UserError(
                     "An image is encoded by another model, or without what the method goes by; "
                     "encode it with this one: jaxprune.encode(params, image, method=...)."
@@ -461,10 +467,10 @@ class Engine:
         vocabulary, image = self.config.text_config.vocab_size, self.processor.image_token_id
         known = [] if image is None or image >= vocabulary else [image]
         said = [[*itertools.chain(*row.pieces), *(known if row.images else [])] for row in rows]
-        made: Sampling = spread(
-            make_sampling(asks, said, batch=batch, vocab_size=vocabulary), self.mesh
-        )
-        return made
+        made = make_sampling(asks, said, batch=batch, vocab_size=vocabulary)
+        # On the devices once, not with every token of a stream.
+        there: Sampling = spread(made, self.mesh) if self.mesh else jax.device_put(made)
+        return there
 
     def embed(self, prompt: Prompt, seen: Seen) -> Tokens:
         """A prompt as the decoder's input."""

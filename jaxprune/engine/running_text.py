@@ -84,7 +84,7 @@ class RunningText:
     def _forget_behind(self, stop: str) -> None:
         """Leave out the ids behind the one that completes a stop string."""
         whole = len(self._ids)
-        start = max(self._begin - len(stop), 0)
+        start = max(self._begin - _BYTES * len(stop), 0)
         for end in range(start, whole):
             if stop in self._decode(start, end):
                 del self._ids[end:]

@@ -101,8 +101,9 @@ def warmup(
         text_only: prompts without an image too.
         greedy: programs that take the likeliest token.
         sampled: programs that draw tokens, of any temperature, top-k and top-p, or note more of
-            them than the likeliest.
-        encoded: programs for images that `jaxprune.encode` has been given before.
+            them than the likeliest; all logits are apart, and never covered.
+        encoded: programs for images that `jaxprune.encode` has been given before, as many tiles
+            of each.
         show_progress: a bar on stderr; None shows it in a terminal.
 
     Returns:
@@ -222,7 +223,8 @@ class _WarmUp:
                 self._answer(prompt, seen, greedy)
 
     def _answer(self, prompt: Prompt, seen: Seen, greedy: bool) -> None:
-        ask = Ask() if greedy else Ask(temperature=1.0)
+        own = self.engine.processor.defaults  # which may ask for more than the likeliest token
+        ask = Ask(**own) if greedy else Ask(**own, temperature=1.0)
         sampling = self.engine.sampling([ask], [], batch=prompt.batch)
         state = self.engine.read(prompt, seen, sampling, clock=Clock()).state
         until = np.ones(prompt.batch, int)

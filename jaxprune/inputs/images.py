@@ -33,13 +33,13 @@ class EncodedImage:
 
     Attributes:
         height, width: its pixels.
-        made_for: the fingerprint of the model.
+        tower: parameters of the model's, by which it is known.
         vision: what the tower gives for its tiles, and for others that pad them.
     """
 
     height: int
     width: int
-    made_for: str
+    tower: Any
     vision: VisionOutput
 
 
@@ -112,13 +112,13 @@ def fetch_image(url: str, *, timeout: float = 10.0, most_bytes: int = 50_000_000
     """
     if not isinstance(url, str) or not url.startswith(_WEB):
         raise UserError(f"url is {url!r}; expected one that starts with http:// or https://.")
-    if not is_number(timeout) or timeout <= 0:
-        raise UserError(f"timeout is {timeout!r}; expected seconds above 0.")
+    if not is_number(timeout) or not 0 < timeout <= MOST_SECONDS:
+        raise UserError(f"timeout is {timeout!r}; expected seconds, above 0 to {MOST_SECONDS}.")
     check_whole("most_bytes", most_bytes)
     began, content = time.monotonic(), bytearray()
     try:
         with urllib.request.urlopen(url, timeout=timeout) as answer:
-            while part := answer.read(1 << 16):
+            while part := answer.read1(1 << 16):
                 content += part
                 if len(content) > most_bytes:
                     raise UserError(f"{url} has over {most_bytes:,} bytes; raise most_bytes.")
@@ -132,6 +132,7 @@ def fetch_image(url: str, *, timeout: float = 10.0, most_bytes: int = 50_000_000
 
 
 _WEB = ("http://", "https://")
+MOST_SECONDS = 3600
 
 
 def _data_of(url: str) -> bytes:
@@ -154,7 +155,10 @@ def _from_path(name: str | os.PathLike[str]) -> Image.Image:
             "jaxprune.fetch_image(url)."
         )
     if isinstance(name, str) and name.startswith("file:"):
-        name = urllib.request.url2pathname(urllib.parse.urlparse(name).path)
+        try:
+            name = urllib.request.url2pathname(urllib.parse.urlparse(name).path)
+        except ValueError as error:
+            raise UserError(f"The image's file: URL cannot be read ({error}).") from None
     path = as_path(name, "The image")
     if not path.is_file():
         what = "is a directory" if path.is_dir() else "does not exist"

@@ -42,11 +42,11 @@ def pixel_values(
     Raises:
         UserError: when the processor's tiles are not what the vision tower takes.
     """
-    size, file = config.tower.tile_size, processor.image_file
+    size = config.tower.tile_size
     largest = max(_whole_numbers(processor.image_processor.to_dict()), default=0)
     if largest > MOST_ENLARGED * size:
         raise UserError(
-            f"{file} speaks of {largest} pixels, but the vision tower takes "
+            f"{processor.image_file} speaks of {largest} pixels, but the vision tower takes "
             f"{size}; it is of another model."
         )
     tiles: list[np.ndarray] = []
@@ -60,22 +60,23 @@ def pixel_values(
             found = np.moveaxis(found.reshape(-1, *found.shape[-3:]), 1, -1)
         except Exception as error:  # whatever transformers makes of odd settings
             raise UserError(
-                f"The image processor fails ({first_line(error)}); check {file}."
+                f"The image processor fails ({first_line(error)}); check {processor.image_file}."
             ) from None
         if found.shape[1:] != (size, size, 3):
             raise UserError(
                 f"The image processor gives {found.shape[1]} x {found.shape[2]} pixels, but the "
-                f"vision tower takes {size} x {size}; {file} is of another model."
+                f"vision tower takes {size} x {size}; {processor.image_file} is of another model."
             )
         if len(found) != tiling.tiles:
             raise UserError(
                 f"The image processor cuts an image of {image.width} x {image.height} pixels into "
-                f"{len(found)} tiles, but the model expects {tiling.tiles}; {file} and "
-                "config.json have different image_grid_pinpoints."
+                f"{len(found)} tiles, but the model expects {tiling.tiles}; config.json and "
+                f"{processor.image_file} have different image_grid_pinpoints."
             )
         if not np.isfinite(found).all():
             raise UserError(
-                f"The image processor gives pixels that are not finite; check image_std in {file}."
+                "The image processor gives pixels that are not finite; check image_std in "
+                f"{processor.image_file}."
             )
         tiles.append(found)
     return np.concatenate(tiles)

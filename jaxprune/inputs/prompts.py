@@ -23,7 +23,6 @@ ZERO_WIDTH = "\u200b"
 
 _ROLES = ("system", "user", "assistant")
 _SOURCES = ("image", "path", "url", "base64", "image_url")  # a part's key for its own image
-_WORD = re.compile(rf"\S[^\n]*{re.escape(IMAGE_PLACEHOLDER)}[^\n]*\S")
 _SLOT = re.compile(f"{re.escape(IMAGE_PLACEHOLDER)}|{AS_TEXT}")
 
 
@@ -190,7 +189,9 @@ def _plain_places(messages: Sequence[Message]) -> int:
     plain = (m["content"] for m in messages if m["role"] == "user")
     text = "\n".join(x.replace(ESCAPED, "") for x in plain if isinstance(x, str))
     found = text.count(IMAGE_PLACEHOLDER)
-    return 0 if found == 1 and _WORD.search(text) else found
+    before, _, after = text.partition(IMAGE_PLACEHOLDER)
+    within = before.rpartition("\n")[2].strip() and after.partition("\n")[0].strip()
+    return 0 if found == 1 and within else found
 
 
 def question_of(prompt: Any) -> str:
@@ -275,10 +276,15 @@ def tokenize(processor: Processor, text: str, num_images: int) -> list[list[int]
         for token in processor.ids_of(whole, add_special_tokens=add_bos):
             if token != image_token:
                 pieces[-1].append(token)
-            elif next(are_images):
+            elif next(are_images, False):
                 pieces.append([])
             else:
                 pieces[-1] += processor.placeholder_as_text
+        if len(pieces) != num_images + 1:
+            raise UserError(
+                f"The tokenizer finds {len(pieces) - 1} of {num_images} places for images; put "
+                f"spaces around {IMAGE_PLACEHOLDER}."
+            )
         return pieces
     # A tokenizer that does not know "<image>": the text around it, piece by piece.
     chunks = [c.replace(AS_TEXT, IMAGE_PLACEHOLDER) for c in text.split(IMAGE_PLACEHOLDER)]

@@ -102,11 +102,18 @@ def make_request(
     """
     check_flag("chat", chat)
     check_flag("neutralise", neutralise)
+    if neutralise and not chat:
+        raise UserError("neutralise is for what is said in a chat; chat=False takes all as it is.")
     broken = processor.special_tokens if neutralise else ()
     prompts, image_lists, single = _pair(image, prompt)
     distinct: dict[int, int] = {}  # the same object in several rows is encoded once
+    alive: list[Any] = []  # so that no two of them have one id
     loaded: list[Image.Image | EncodedImage] = []
     rows = []
+    if answers is not None and not (
+        isinstance(answers, list | tuple) and all(isinstance(text, str) for text in answers)
+    ):
+        raise UserError(f"answers are {answers!r}; expected a text for each prompt.")
     if answers is not None and len(answers) != len(prompts):
         raise UserError(f"{len(answers)} answers came with {len(prompts)} prompts; give one each.")
     for i, (text, row_images) in enumerate(zip(prompts, image_lists, strict=True)):
@@ -119,6 +126,7 @@ def make_request(
         for item in row_images:
             if id(item) not in distinct:
                 distinct[id(item)] = len(loaded)
+                alive.append(item)
                 loaded.append(load_image(item))
         pieces = tokenize(processor, text, len(row_images))
         said = () if answers is None else _answer_ids(processor, text, answers[i], pieces)

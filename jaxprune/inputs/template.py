@@ -9,7 +9,7 @@ import atexit
 import functools
 import json
 import pathlib
-import select
+import selectors
 import subprocess
 import sys
 import threading
@@ -47,6 +47,8 @@ class ChatTemplate:
         parts = [{"type": "image"}, {"type": "text", "text": _PROBE}]
         try:
             text = self.render([{"role": "user", "content": parts}])
+        except TemplateEnded:
+            raise
         except UserError:
             return False
         return text.count(IMAGE_PLACEHOLDER) == 1 and _PROBE in text and "'type'" not in text
@@ -70,6 +72,10 @@ class ChatTemplate:
         return _told(template_worker.rendered(asked))
 
 
+class TemplateEnded(UserError):
+    """A template that took too long, or too much."""
+
+
 def _told(answer: Mapping[str, str]) -> str:
     if "error" in answer:
         raise UserError(
@@ -88,6 +94,10 @@ class _Worker:
 
     def start(self) -> None:
         """Begin the process's start, without waiting for it."""
+        with self._lock:
+            self._start()
+
+    def _start(self) -> None:
         if self._process is None or self._process.poll() is not None:
             self.end()
             self._process = subprocess.Popen(
@@ -107,11 +117,19 @@ class _Worker:
                 "expected texts, numbers, lists and dicts."
             ) from None
         with self._lock:
-            self.start()
-            answer = self._ask(b"{}\n", START_SECONDS) and self._ask(line, SECONDS)
+            self._start()
+            try:
+                answer = self._ask(b"{}\n", START_SECONDS) and self._ask(line, SECONDS)
+            except BaseException:  # its answer would be taken for the next one's
+                self.end()
+                raise
             if answer is None:
                 self.end()
-                answer = {"error": f"it takes over {SECONDS:g} s, or too much memory"}
+        if answer is None:
+            raise TemplateEnded(
+                f"The model's chat template takes over {SECONDS:g} s, or too much memory; pass the "
+                "whole prompt yourself, with chat=False."
+            )
         return _told(answer)
 
     def _ask(self, line: bytes, seconds: float) -> dict[str, str] | None:
@@ -121,8 +139,10 @@ class _Worker:
         try:
             process.stdin.write(line)
             process.stdin.flush()
-            if not select.select([process.stdout], [], [], seconds)[0]:
-                return None
+            with selectors.DefaultSelector() as ready:
+                ready.register(process.stdout, selectors.EVENT_READ)
+                if not ready.select(seconds):
+                    return None
             found: dict[str, str] = json.loads(process.stdout.readline())
             return found
         except (OSError, ValueError):  # it has ended

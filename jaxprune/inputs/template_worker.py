@@ -6,6 +6,7 @@ Run as a script, apart from the rest of the package; see `template.py`.
 import contextlib
 import json
 import pathlib
+import signal
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -51,6 +52,8 @@ def main() -> None:
     with contextlib.suppress(ImportError, OSError, ValueError):  # not a Linux: time alone is bound
         _bound_memory()
     for line in sys.stdin:
+        with contextlib.suppress(AttributeError):  # ends it, should who asked be gone
+            signal.alarm(60)
         asked = json.loads(line)
         print(json.dumps(rendered(asked) if asked else {"text": ""}), file=answers, flush=True)
 

@@ -1,11 +1,10 @@
 """Reading a Hugging Face `config.json` strictly: an unknown field is refused, not ignored."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
-from jaxprune.errors import UserError
+from jaxprune.errors import UserError, is_number
 
 # Fields that every Hugging Face config may carry and that do not change a forward pass:
 # bookkeeping, and generation settings that old releases wrote into the model's config.
@@ -84,8 +83,7 @@ def require_types(config: Any, where: str) -> None:
                 f"{where} has {field.name}={value!r}; expected a positive whole number, at most "
                 f"{most:,}."
             )
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if field.type is float and not (number and 0 < value < math.inf):
+        if field.type is float and not (is_number(value) and value > 0):
             raise UserError(f"{where} has {field.name}={value!r}; expected a positive number.")
         if field.type is str and not isinstance(value, str):
             raise UserError(f"{where} has {field.name}={value!r}; expected a text.")

@@ -37,8 +37,9 @@ def lora_output(directory):
 
 def interrupted(directory):
     (directory / "model.safetensors").unlink()
-    (directory / ".cache").mkdir()
-    (directory / ".cache" / "model.safetensors.abc.incomplete").write_bytes(b"x")
+    place = directory / ".cache" / "huggingface" / "download"
+    place.mkdir(parents=True)
+    (place / "model.safetensors.abc.incomplete").write_bytes(b"x")
 
 
 def empty(name):

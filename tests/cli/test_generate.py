@@ -198,3 +198,11 @@ def test_answers_of_other_requests_are_kept(folder, refused, tmp_path):
     said = refused("generate", "--images", folder, "--prompt", "a", "--out", "mine.jsonl")
     assert "line 1 is no answer to request 1; name another file" in said
     assert (tmp_path / "mine.jsonl").read_text() == '{"text": "mine"}\n'
+
+
+@pytest.mark.parametrize("content", ["my notes", '{"a": 1}\nmy notes', '{"image": "x"}\n'])
+def test_a_file_of_ones_own_is_kept(content, folder, refused, tmp_path):
+    (tmp_path / "notes").write_text(content)
+    said = refused("generate", "--images", folder, "--prompt", "a", "--out", "notes")
+    assert "notes is there already" in said
+    assert (tmp_path / "notes").read_text() == content

@@ -1,5 +1,9 @@
 """Where images stand, and where "<image>" is text."""
 
+import base64
+import io
+
+import numpy as np
 import pytest
 
 import jaxprune
@@ -125,3 +129,27 @@ def test_special_tokens_can_be_neutralised(tiny_model):
 def test_mistakes(prompt, images, message):
     with pytest.raises(jaxprune.UserError, match=message):
         as_messages(prompt, [None] * images)
+
+
+def test_images_that_parts_bring_are_not_mixed_up(tiny_model):
+    """Texts of base64 are made and forgotten one after the other."""
+    written = []
+    for i in range(6):
+        file = io.BytesIO()
+        picture(i, (8, 8)).save(file, "PNG")
+        written.append(base64.b64encode(file.getvalue()).decode())
+    prompts = [[user([{"type": "image", "base64": text}, WHAT])] for text in written]
+    made = make_request(tiny_model.processor, None, prompts, chat=True)
+    assert [row.images for row in made.rows] == [[i] for i in range(6)]
+    for i, image in enumerate(made.images):
+        assert (np.asarray(image) == np.asarray(picture(i, (8, 8)))).all()
+
+
+def test_a_long_line_is_read_at_once():
+    messages, _ = as_messages("<image>\n" + "a" * 500_000, ["a"])
+    assert messages[0]["content"][0] == ONE
+
+
+def test_what_neutralise_cannot_do(tiny_model):
+    with pytest.raises(jaxprune.UserError, match="neutralise is for what is said in a chat"):
+        make_request(tiny_model.processor, None, "a", chat=False, neutralise=True)
