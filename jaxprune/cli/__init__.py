@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):  # an answer may have what its encoding has not
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        with ending_at_once(), warnings.catch_warnings():
+        with ending_at_once(for_good=argv is None), warnings.catch_warnings():
             warnings.showwarning = _noted  # type: ignore[assignment]
             app(argv)
     except UserError as error:

@@ -16,13 +16,16 @@ _SHOW_CURSOR = "\x1b[?25h"  # which a progress bar hides
 
 
 @contextlib.contextmanager
-def ending_at_once() -> Iterator[None]:
+def ending_at_once(*, for_good: bool = False) -> Iterator[None]:
     """A context in which one Ctrl-C ends the process with code 130; nothing half-written stays.
 
     Python would raise KeyboardInterrupt between two steps of its own: too late in the middle of
     a compilation, and never where the exception is swallowed, as in a garbage collection. So the
     signal is taken by a thread that ends the process itself. What a command has written by then
     is whole and stays.
+
+    Args:
+        for_good: nothing comes after it but the process's end, which a Ctrl-C does not stop.
     """
     if threading.current_thread() is not threading.main_thread():
         yield  # signals are not ours to handle
@@ -36,9 +39,12 @@ def ending_at_once() -> Iterator[None]:
         yield
     finally:
         _advice.clear()
-        signal.set_wakeup_fd(pipe_before)
-        signal.signal(signal.SIGINT, before)
-        os.close(write)  # which ends the thread
+        if for_good:  # while Python ends, it would fall back to dying of the signal
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        else:
+            signal.set_wakeup_fd(pipe_before)
+            signal.signal(signal.SIGINT, before)
+            os.close(write)  # which ends the thread
 
 
 def say_at_the_end(advice: str) -> None:

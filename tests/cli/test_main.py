@@ -1,6 +1,7 @@
 """What holds for all commands: exit codes, --help, the ways in."""
 
 import runpy
+import signal
 
 import pytest
 
@@ -9,6 +10,15 @@ from jaxprune.cli import main
 from tests import builders
 
 COMMANDS = ("generate", "show", "cost", "bench", "calibrate", "methods", "convert")
+
+
+@pytest.fixture(autouse=True)
+def signals_as_before():
+    """What a whole process's `main` does to Ctrl-C is undone: here more comes after it."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
+    signal.set_wakeup_fd(-1)
 
 
 def test_help_lists_the_commands_in_order(run):
