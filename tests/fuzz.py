@@ -256,7 +256,7 @@ class Fuzzer:
             odd.text(), "{{ messages }}", "{{ messages[0].content }}", "{{ 'a' * 10 ** 12 }}",
             "{% for a in messages %}{{ a.content[0].text ~ a }}{% endfor %}", "{{ x.y.z }}",
             "{{ messages | tojson }}<image>", "{{ 'x' | center(10**9) }}",
-        ]))  # fmt: skip
+        ]), errors="replace")  # fmt: skip
         self._used(directory)
 
     def of_recipes(self, odd):

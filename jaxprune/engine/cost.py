@@ -150,7 +150,9 @@ def estimate(
             decides by the image where `visual_tokens` is None.
     """
     for name, value in (("text_tokens", text_tokens), ("visual_tokens", visual_tokens)):
-        if value is not None and not (is_whole(value) and 0 <= value <= MOST_TOKENS):
+        if name == "visual_tokens" and value is None:
+            continue
+        if not (is_whole(value) and 0 <= value <= MOST_TOKENS):
             raise UserError(f"{name} is {value!r}; expected a number from 0 to {MOST_TOKENS:,}.")
     family_of(config)  # refuses what is no config
     plan = resolve(method, depth_of(config), **method_options)

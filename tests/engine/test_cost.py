@@ -181,6 +181,7 @@ def test_an_estimate_is_the_plans_cost():
         ("none", {"visual_tokens": 10**9}, "visual_tokens is 1000000000; expected a number"),
         ("none", {"visual_tokens": True}, "visual_tokens is True"),
         ("none", {"text_tokens": 1.5}, "text_tokens is 1.5"),
+        ("none", {"text_tokens": None}, "text_tokens is None"),
         ("uniform", {"keep": 4, "visual_tokens": 4}, "leave out visual_tokens"),
         (jaxprune.PruMerge(keep=4), {"visual_tokens": 4}, "leaves 5 visual tokens of every image"),
         ("prumerge", {"visual_tokens": 577}, "577, but an image has 576 before pruning"),
