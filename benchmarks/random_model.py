@@ -31,7 +31,7 @@ def endless_processor(config: Any) -> Processor:
     with tempfile.TemporaryDirectory() as name:
         directory = pathlib.Path(name)
         write_processor(config, directory)
-        return dataclasses.replace(load_processor(directory, family_of(config)), eos_token_ids=())
+        return dataclasses.replace(load_processor(directory, config), eos_token_ids=())
 
 
 def random_params(config: Any) -> jaxprune.Params:

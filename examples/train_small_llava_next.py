@@ -148,7 +148,7 @@ def main() -> None:
         (working / name).write_text(json.dumps(content, indent=2) + "\n")
     for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
         shutil.copy(jaxprune.SMALL_MODEL / name, working)
-    model = jaxprune.Params(model.arrays, model.config, load_processor(working, family))
+    model = jaxprune.Params(model.arrays, model.config, load_processor(working, model.config))
 
     tokenizer = Tokenizer.from_file(str(jaxprune.SMALL_MODEL / "tokenizer.json"))
     before = jnp.asarray(tokenizer.encode(PROMPT_BEFORE_IMAGE).ids, jnp.int32)

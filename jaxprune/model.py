@@ -9,7 +9,6 @@ import jax
 from flax.traverse_util import flatten_dict
 
 from jaxprune import checkpoints_convert
-from jaxprune.checkpoints_convert.llava_original import is_original
 from jaxprune.checkpoints_convert.load import DTYPES
 from jaxprune.checkpoints_convert.load import read_config as config_of_directory
 from jaxprune.checkpoints_convert.plan import flat_shapes
@@ -17,7 +16,6 @@ from jaxprune.checkpoints_convert.recognise import existing_directory, explained
 from jaxprune.devices.mesh import with_auto_axes
 from jaxprune.devices.process import check_here
 from jaxprune.errors import UserError, check_choice, check_flag
-from jaxprune.files import read_json
 from jaxprune.inputs.processor import SHIPPED, Processor, load_processor
 from jaxprune.models.family import ModelConfig
 from jaxprune.models.registry import PRESETS, family_of
@@ -91,9 +89,8 @@ def load(
     arrays, config = checkpoints_convert.load_checkpoint(
         path, dtype=dtype, mesh=mesh, vision_tower=vision_tower, show_progress=show_progress
     )
-    original = config if is_original(read_json(path / "config.json")) else None
     with explained(path):
-        return Params(arrays, config, load_processor(path, family_of(config), original=original))
+        return Params(arrays, config, load_processor(path, config))
 
 
 def read_config(model: str | pathlib.Path | None = None, dtype: str = "bfloat16") -> ModelConfig:

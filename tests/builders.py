@@ -18,9 +18,10 @@ from jaxprune.engine.sampling import Ask
 from jaxprune.engine.session import begin
 from jaxprune.generate import plan_of
 from jaxprune.inputs.request import make_request
-from jaxprune.models import llava, llava_next
+from jaxprune.models import internvl, llava, llava_next
 from jaxprune.models.clip import ClipVisionConfig
 from jaxprune.models.family import Embedded
+from jaxprune.models.internvit import InternVitConfig
 from jaxprune.models.llama import LlamaConfig
 from jaxprune.models.registry import family_of
 from jaxprune.ops.tiles import VisualSize, pack_tilings
@@ -62,6 +63,19 @@ def tiny_next_config(**fields):
     return llava_next.LlavaNextConfig(**own, image_grid_pinpoints=points)
 
 
+def tiny_internvl_config(*, vision=None, text=None, **fields):
+    """An InternVL of tiles of 16 visual tokens, at most 4 and a thumbnail."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    vision_config = InternVitConfig(
+        **sizes, num_attention_heads=4, image_size=64, patch_size=8, attention_bias=True
+    )
+    return internvl.InternVLConfig(
+        vision_config=dataclasses.replace(vision_config, **(vision or {})),
+        text_config=tiny_config(text=text).text_config,
+        **{"image_token_index": 4, "max_tiles": 4, **fields},
+    )
+
+
 def random_params(config, seed=0):
     """Random parameters with biases and norms off their usual zeros and ones."""
     # NumPy's: to draw them in JAX takes seconds of compilation for every file of tests.
@@ -84,9 +98,16 @@ def write_directory(directory, config, seed=0):
     checkpoints_convert.export(params, config, directory, companions=jaxprune.SMALL_MODEL)
     set_image_size(directory, config.vision_config.image_size)
     if not config.one_tile:
-        for name, fields in family_of(config).processor_files(config).items():
-            (directory / name).write_text(json.dumps(fields))
+        write_processor_files(directory, config)
     return params
+
+
+def write_processor_files(directory, config):
+    """What a family says of its processor, over what there is."""
+    for name, fields in family_of(config).processor_files(config).items():
+        path = directory / name
+        old = json.loads(path.read_text()) if name == "tokenizer_config.json" else {}
+        path.write_text(json.dumps({**old, **fields}))
 
 
 def edit(directory, name, **fields):
@@ -157,7 +178,7 @@ def write_original(directory, tower, *, prefix="first", seed=0, text=None, **fie
     config = tiny_next_config(text=text) if anyres else tiny_config(text=text)
     weights: dict = {directory: {}, tower: {}}
     for path, array in flatten_dict(random_params(config, seed), sep="/").items():
-        rule = family_of(config).weights.rule_of_path(path)
+        rule = family_of(config).weights(config).rule_of_path(path)
         key = rule.key
         if key == "image_newline":
             key = "model.image_newline"
@@ -188,6 +209,156 @@ def write_original(directory, tower, *, prefix="first", seed=0, text=None, **fie
     )
     tokenizer.save(str(directory / "tokenizer.json"))
     return directory, tower
+
+
+# ---- InternVL as its publisher stores it
+
+INTERNVL_TOKENS = ["<|im_start|>", "<|im_end|>", "<|system|>", "<|user|>", "<|assistant|>",
+                   "<|end|>", "<img>", "</img>", "<IMG_CONTEXT>"]  # fmt: skip
+PUBLISHED = {  # what is particular to each decoder: the prompts' format, the class
+    "qwen2": ("Hermes-2", "Qwen2ForCausalLM"),
+    "internlm2": ("internlm2-chat", "InternLM2ForCausalLM"),
+    "multi-query": ("internvl2_5", "InternLM2ForCausalLM"),
+    "phi3": ("phi3-chat", "Phi3ForCausalLM"),
+    "qwen3": ("internvl2_5", "Qwen3ForCausalLM"),
+}
+_PUBLISHED_NAMES = {  # transformers' names, and the publisher's
+    "vision_tower.": "vision_model.",
+    "multi_modal_projector.layer_norm": "mlp1.0",
+    "multi_modal_projector.linear_1": "mlp1.1",
+    "multi_modal_projector.linear_2": "mlp1.3",
+    "embeddings.cls_token": "embeddings.class_embedding",
+    "embeddings.patch_embeddings.projection": "embeddings.patch_embedding",
+    "embeddings.position_embeddings": "embeddings.position_embedding",
+    "encoder.layer.": "encoder.layers.",
+    "layernorm_before": "norm1",
+    "layernorm_after": "norm2",
+    "attention.qkv": "attn.qkv",
+    "attention.projection_layer": "attn.proj",
+    "attention.q_norm": "attn.q_norm",
+    "attention.k_norm": "attn.k_norm",
+    "lambda_1": "ls1",
+    "lambda_2": "ls2",
+}
+_INTERNLM2_NAMES = {
+    "model.embed_tokens": "model.tok_embeddings",
+    "self_attn.wqkv": "attention.wqkv",
+    "self_attn.o_proj": "attention.wo",
+    "mlp.gate_proj": "feed_forward.w1",
+    "mlp.up_proj": "feed_forward.w3",
+    "mlp.down_proj": "feed_forward.w2",
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "lm_head": "output",
+}
+
+
+def published_internvl(tensors, text, *, internlm2):
+    """Tensors in transformers' spelling, by the publisher's names and fused as they are there."""
+    heads, groups = text["num_attention_heads"], text["num_key_value_heads"]
+    found = {}
+    for key, x in tensors.items():
+        fused = key.startswith("vision_tower.") or internlm2
+        if fused and (".k_proj" in key or ".v_proj" in key):
+            continue
+        if fused and ".q_proj" in key:
+            q, k, v = (tensors[key.replace("q_proj", f"{name}_proj")] for name in "qkv")
+            x = np.concatenate([q, k, v])
+            if not key.startswith("vision_tower."):
+                blocks = [y.reshape(groups, -1, len(q) // heads, y.shape[-1]) for y in (q, k, v)]
+                x = np.concatenate(blocks, axis=1).reshape(-1, q.shape[-1])
+            key = key.replace("q_proj", "qkv" if key.startswith("vision_tower.") else "wqkv")
+        names = dict(_PUBLISHED_NAMES)
+        if key.startswith("language_model."):
+            names = _INTERNLM2_NAMES if internlm2 else {}
+        for ours, theirs in names.items():
+            key = key.replace(ours, theirs)
+        found[key] = np.ascontiguousarray(x)
+    return found
+
+
+def write_published_internvl(
+    directory, decoder="internlm2", *, tensors=None, vision=None, text=None, **fields
+):
+    """An InternVL directory in the publisher's form, with a tokenizer of LLaMA's making.
+
+    Args:
+        tensors: in transformers' spelling; None draws those of a tiny model.
+        vision, text: the configs of transformers as dicts.
+    """
+    directory.mkdir(parents=True)
+    template, text_class = PUBLISHED[decoder]
+    internlm2 = text_class == "InternLM2ForCausalLM"
+    if tensors is None:
+        config = tiny_internvl_config()
+        hub, table = config.to_hf(), family_of(config).weights(config)
+        vision, text = hub["vision_config"], hub["text_config"]
+        tensors = {}
+        for path, array in flatten_dict(random_params(config), sep="/").items():
+            rule = table.rule_of_path(path)
+            tensors[rule.key] = rule.export([np.asarray(array)], config)
+    text = {**text, "architectures": [text_class], "tie_word_embeddings": True}  # the base model's
+    rope = dict(text.pop("rope_parameters", None) or {"rope_type": "default"})
+    text["rope_theta"] = rope.pop("rope_theta", 1e4)
+    text["rope_scaling"] = {"type": rope.pop("rope_type"), **rope}
+    if text["rope_scaling"]["type"] == "default":
+        text["rope_scaling"] = None
+    if decoder == "phi3":
+        lists = {name: rope[name] for name in ("short_factor", "long_factor")}
+        text["rope_scaling"] = {"type": "su", **lists}
+    if internlm2:
+        text |= {"model_type": "internlm2", "bias": False}
+    own = {
+        "model_type": "internvl_chat",
+        "architectures": ["InternVLChatModel"],
+        "auto_map": {"AutoConfig": "configuration_internvl_chat.InternVLChatConfig"},
+        "downsample_ratio": 0.5,
+        "dynamic_image_size": True,
+        "force_image_size": vision["image_size"][0],
+        "max_dynamic_patch": 12,
+        "min_dynamic_patch": 1,
+        "ps_version": "v2",
+        "select_layer": -1,
+        "template": template,
+        "torch_dtype": "bfloat16",
+        "use_backbone_lora": 0,
+        "use_llm_lora": 0,
+        "use_thumbnail": True,
+        "llm_config": text,
+        "vision_config": {
+            "model_type": "intern_vit_6b",
+            "architectures": ["InternVisionModel"],
+            "drop_path_rate": 0.1,
+            "dropout": 0.0,
+            "hidden_act": "gelu",
+            "image_size": vision["image_size"][0],
+            "initializer_factor": 1.0,
+            "layer_norm_eps": vision["layer_norm_eps"],
+            "norm_type": vision["norm_type"],
+            "patch_size": 8,
+            "qk_normalization": vision["use_qk_norm"],
+            "qkv_bias": vision["attention_bias"],
+            "use_flash_attn": True,
+            "hidden_size": vision["hidden_size"],
+            "intermediate_size": vision["intermediate_size"],
+            "num_attention_heads": vision["num_attention_heads"],
+            "num_hidden_layers": vision["num_hidden_layers"],
+        },
+        **fields,
+    }
+    (directory / "config.json").write_text(json.dumps(own))
+    save_file(
+        published_internvl(tensors, text, internlm2=internlm2), directory / "model.safetensors"
+    )
+    tokenizer = llama_tokenizer()
+    tokenizer.add_special_tokens(INTERNVL_TOKENS)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    specials = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    named = "InternLM2Tokenizer" if internlm2 else "PreTrainedTokenizerFast"
+    (directory / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": named, **specials})
+    )
+    return directory
 
 
 def forward_logits(params, config, pixels, token_ids, images_at):

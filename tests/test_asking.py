@@ -10,7 +10,6 @@ import pytest
 
 import jaxprune
 from jaxprune.inputs.processor import load_processor
-from jaxprune.models import llava
 from tests.builders import edit, tiny_config, write_directory
 from tests.cases import FEW, picture
 
@@ -196,11 +195,11 @@ def test_settings_that_do_not_act_are_named(tmp_path):
     write_directory(directory, tiny_config())
     edit(directory, "generation_config.json", do_sample=True, num_beams=4, temperature=0.2)
     with pytest.warns(UserWarning, match=r"sets do_sample, num_beams, which does not act here"):
-        load_processor(directory, llava.FAMILY)
+        load_processor(directory, tiny_config())
     edit(directory, "generation_config.json", do_sample=False, num_beams=1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        load_processor(directory, llava.FAMILY)
+        load_processor(directory, tiny_config())
 
 
 def child(model, queue):

@@ -3,7 +3,7 @@
     files.py      what is in a directory: safetensors headers, or `.bin` files through torch
     plan.py       all of a checkpoint checked against the model before a byte of it is read
     load.py       stream onto the devices
-    llava_original.py   LLaVA's original format, and what makes it a Hugging Face one
+    hub_form.py   a model in its publisher's form, as one that transformers knows
     write.py      stream into a new directory: export, convert, verify
 
 Which stored tensor is which parameter stands in the `weights.py` of each model's folder. A

@@ -10,14 +10,13 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from jaxprune.checkpoints_convert.files import StoredTensor, stored_tensors
-from jaxprune.checkpoints_convert.llava_original import is_original, original_config
 from jaxprune.checkpoints_convert.plan import PlannedTensor, cast, make_plan, path_of
 from jaxprune.checkpoints_convert.recognise import existing_directory, explained
 from jaxprune.devices.mesh import check_mesh, placed, sharding_of
 from jaxprune.errors import UserError
 from jaxprune.files import read_json
-from jaxprune.models.family import ModelConfig
-from jaxprune.models.registry import FAMILIES, family_of
+from jaxprune.models.family import ModelConfig, ModelFiles, is_original
+from jaxprune.models.registry import FAMILIES, family_of_fields, table_of
 from jaxprune.progress import track
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -72,7 +71,7 @@ def _laid_out(
     # The largest first: a tensor is in memory two or three times while it is laid out, which
     # then happens while most of the model is still on disk.
     plan.sort(key=lambda tensor: -math.prod(tensor.stored.shape))
-    rules = family_of(config).weights.partition
+    rules = table_of(config).partition
     flat: dict[str, jax.Array] = {}
     for tensor in track(plan, "Loading", len(plan), show=show_progress):
         parameters = tensor.read()
@@ -99,7 +98,7 @@ def planned(
     try:
         return config, make_plan(directory, config, *extra)
     except UserError as error:
-        if "vision_tower" in str(error) and is_original(read_json(directory / "config.json")):
+        if "vision_tower" in str(error) and is_original(config):
             raise UserError(f"{error} Pass the CLIP tower's directory as vision_tower.") from None
         raise
 
@@ -109,7 +108,7 @@ def _with_own_head(directory: pathlib.Path, config: ModelConfig) -> ModelConfig:
 
     So does transformers from version 5 on; before, the stored head was passed over.
     """
-    table = family_of(config).weights
+    table = table_of(config)
     if not table.words or not config.text_config.tie_word_embeddings:
         return config
     found = {path_of(table, stored.key): stored for stored in stored_tensors(directory)}
@@ -158,11 +157,14 @@ def read_config(
         UserError: without a config.json, or with one of an unsupported architecture.
     """
     fields = read_json(directory / "config.json")
-    if is_original(fields):
-        return original_config(fields, dtype=dtype, vision_tower=vision_tower)
-    kind = fields.get("model_type")
-    if not isinstance(kind, str) or kind not in FAMILIES:
+    family = family_of_fields(fields)
+    if family is None:
         raise UserError(
-            f"{directory} holds a model of type {kind!r}; supported: {', '.join(FAMILIES)}."
+            f"{directory} holds a model of type {fields.get('model_type')!r}; supported: "
+            f"{', '.join(FAMILIES)}."
         )
-    return FAMILIES[kind].config.from_hf(fields, dtype=dtype)
+
+    def shapes() -> dict[str, tuple[int, ...]]:
+        return {stored.key: stored.shape for stored in stored_tensors(directory)}
+
+    return family.read_config(ModelFiles(directory, fields, dtype, shapes, vision_tower))

@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict
 from jaxprune.checkpoints_convert.files import FLOATS, StoredTensor, stored_tensors
 from jaxprune.errors import UserError
 from jaxprune.models.family import ModelConfig
-from jaxprune.models.registry import family_of
+from jaxprune.models.registry import family_of, table_of
 from jaxprune.models.weights import KEEP, KeyTable, Rule, Shape
 
 Shapes = dict[str, jax.ShapeDtypeStruct]
@@ -109,7 +109,7 @@ def make_plan(
     Raises:
         UserError: naming all missing, unknown, doubled and mis-shaped tensors at once.
     """
-    table = family_of(config).weights
+    table = table_of(config)
     expected = flat_shapes(config)
     plan: dict[str, PlannedTensor] = {}
     unknown: list[str] = []

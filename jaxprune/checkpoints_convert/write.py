@@ -12,13 +12,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from jaxprune.checkpoints_convert.files import stored_tensors
-from jaxprune.checkpoints_convert.llava_original import (
-    HubForm,
-    hub_form,
-    is_original,
-    widen,
-    with_new_rows,
-)
+from jaxprune.checkpoints_convert.hub_form import HubForm, hub_form, widen, with_new_rows
 from jaxprune.checkpoints_convert.load import (
     DTYPES,
     planned,
@@ -27,9 +21,8 @@ from jaxprune.checkpoints_convert.plan import PlannedTensor, cast
 from jaxprune.checkpoints_convert.recognise import existing_directory, explained
 from jaxprune.errors import UserError, check_choice
 from jaxprune.files import new_path, read_json, whole_directory
-from jaxprune.models.family import ModelConfig
-from jaxprune.models.llava.config import LlavaConfig
-from jaxprune.models.registry import family_of
+from jaxprune.models.family import ModelConfig, is_original
+from jaxprune.models.registry import family_of, table_of
 from jaxprune.models.weights import Rule
 from jaxprune.progress import track
 
@@ -120,7 +113,7 @@ def convert(
     """Rewrite a checkpoint of any supported spelling as one clean directory, streaming.
 
     One of LLaVA's original format is given an image token, a longer vocabulary and the files
-    of a processor; see `llava_original.py`.
+    of a processor; see `hub_form.py`.
 
     Args:
         source: Hugging Face directory, original-format directory, or one of this library's.
@@ -146,12 +139,12 @@ def convert(
         config, plan = planned(source, tower, dtype=dtype or "float32")
         fields = read_json(source / "config.json")
         files = _companion_files(source)
-        if is_original(fields) and isinstance(config, LlavaConfig):
+        if is_original(config) and family_of(config).hub_form(config):
             form = hub_form(source, config)
             stored = fields.get("torch_dtype") or fields.get("dtype") or config.dtype
             fields, files = _config_fields(form, stored), form.files
             plan = widen(plan, form.rows)
-    words = family_of(config).weights.words
+    words = table_of(config).words
     if words and not config.text_config.tie_word_embeddings:  # older releases would tie them
         for part in (fields, fields.get("text_config")):
             if isinstance(part, dict) and part.get("tie_word_embeddings"):
@@ -191,7 +184,7 @@ def _stored(
     Raises:
         UserError: when a part of a tensor is missing.
     """
-    table = family_of(config).weights
+    table = table_of(config)
     waiting: dict[str, dict[str, np.ndarray]] = {}
     for path, array in parameters:
         rule = table.rule_of_path(path)
@@ -264,11 +257,11 @@ def _write_weights(
 
 def _form_of(config: ModelConfig, companions: pathlib.Path | None) -> HubForm:
     """Config, token ids and files of a model to export, made up where its format lacks them."""
-    if not isinstance(config, LlavaConfig) or config.image_token_index >= 0:
+    if not is_original(config) or not family_of(config).hub_form(config):
         return HubForm(config, _token_ids(companions), _companion_files(companions))
     if companions is None:
         raise UserError(
-            "The model came in LLaVA's original format and without its processor, from which "
+            "The model came in its publisher's form and without its processor, from which "
             "the files of a Hugging Face directory are made; export what `jaxprune.load` gave."
         )
     return hub_form(companions, config)

@@ -52,11 +52,14 @@ def pixel_values(
     tiles: list[np.ndarray] = []
     for image in map(picture_of, images):
         tiling = config.tiling(size_of(image))
-        array = np.asarray(crop_strip(image) if tiling.tiles == 1 else image)
+        cropped = tiling.tiles == 1 and getattr(processor.image_processor, "do_center_crop", False)
+        array = np.asarray(crop_strip(image) if cropped else image)
         try:
             with np.errstate(all="ignore"):  # what is not finite is told below
-                made = processor.image_processor(array, input_data_format="channels_last")
-            found = np.asarray(made["pixel_values"][0], np.float32)
+                made = processor.image_processor(
+                    array, input_data_format="channels_last", **processor.image_arguments
+                )
+            found = np.asarray(made["pixel_values"], np.float32)
             found = np.moveaxis(found.reshape(-1, *found.shape[-3:]), 1, -1)
         except Exception as error:  # whatever transformers makes of odd settings
             raise UserError(
@@ -71,7 +74,7 @@ def pixel_values(
             raise UserError(
                 f"The image processor cuts an image of {image.width} x {image.height} pixels into "
                 f"{len(found)} tiles, but the model expects {tiling.tiles}; config.json and "
-                f"{processor.image_file} have different image_grid_pinpoints."
+                f"{processor.image_file} say different things of tiles (image_grid_pinpoints)."
             )
         if not np.isfinite(found).all():
             raise UserError(

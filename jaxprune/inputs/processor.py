@@ -12,7 +12,8 @@ from typing import Any
 from jaxprune.errors import LARGEST, UserError, UserNote, first_line, is_whole
 from jaxprune.files import read_json
 from jaxprune.inputs.template import ChatTemplate
-from jaxprune.models.family import IMAGE_PLACEHOLDER, Family, ModelConfig
+from jaxprune.models.family import IMAGE_PLACEHOLDER, Family, ModelConfig, is_original
+from jaxprune.models.registry import family_of
 
 SHIPPED = pathlib.Path(__file__).parents[1] / "assets" / "small_llava"
 """The model that comes with this library, whose template is its own."""
@@ -29,6 +30,8 @@ class Processor:
         eos_token_ids: what ends an answer.
         directory: where it came from; export copies its files.
         around_images: text in front of each image's tokens and after them.
+        image_token: what the chat template writes for an image.
+        image_arguments: what the image processor is told beside its own settings.
         defaults: what the directory says of how to generate, by the names of `Ask`.
     """
 
@@ -38,6 +41,8 @@ class Processor:
     eos_token_ids: tuple[int, ...]
     directory: pathlib.Path | None = None
     around_images: tuple[str, str] = ("", "")
+    image_token: str = IMAGE_PLACEHOLDER
+    image_arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def ids_of(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
@@ -100,36 +105,84 @@ class Processor:
         return bos is not None and self.ids_of("a", add_special_tokens=True)[:1] == [bos]
 
 
-def load_processor(
-    directory: pathlib.Path, family: Family, *, original: ModelConfig | None = None
-) -> Processor:
+def load_processor(directory: pathlib.Path, config: ModelConfig) -> Processor:
     """Tokenizer, image processor and chat template of a model directory.
 
     Args:
         directory: the model's directory. Nothing in it is executed: `trust_remote_code`
             is off, and templates run in Jinja's sandbox.
-        family: the model's, for what the directory does not say.
-        original: for a directory in LLaVA's original format, which has no file for its
-            image processor: the model's config.
+        config: the model's, whose family says what the directory does not.
 
     Raises:
         UserError: when a part is missing or damaged.
     """
-    with _no_advice():  # imported here because it takes seconds
-        from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, LlamaTokenizer
-    # So that transformers does not read config.json once more, by rules of its own.
-    kind: dict[str, Any] = (
-        {} if original is not None else {"config": AutoConfig.for_model(family.name)}
+    family, original = family_of(config), is_original(config)
+    path = directory / "config.json"
+    fields = read_json(path) if path.is_file() else {}
+    kind = _kind_of(fields, config)
+    tokenizer = _tokenizer(directory, kind, original=original)
+    if original:
+        pad = fields.get("image_aspect_ratio") == "pad"
+        image_processor = family.image_processor(config, pad=pad)
+    else:
+        image_processor = _image_processor(directory, kind)
+    end = family.prompts.end(fields) if original else None
+    if end is None:
+        ends = _eos_token_ids(directory, tokenizer)
+    elif end in tokenizer.get_vocab():
+        ends = (tokenizer.get_vocab()[end],)
+    else:
+        raise UserError(
+            f"The tokenizer of {directory} has no token {end!r}, with which the model ends its "
+            "answers; it is of another model."
+        )
+    return Processor(
+        tokenizer=tokenizer,
+        image_processor=image_processor,
+        template=_chat_template(directory, tokenizer, family, fields, original=original),
+        eos_token_ids=ends,
+        directory=directory,
+        around_images=family.prompts.around_images,
+        image_token=family.prompts.image_token,
+        image_arguments=family.image_arguments(config),
+        defaults=_generation_defaults(directory),
     )
 
-    # AutoTokenizer leaves out the space in front of a text where it builds the tokenizer of
-    # a "llava" from tokenizer.model; LLaMA's own class does not.
+
+def _kind_of(fields: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
+    """What keeps transformers from reading config.json once more, by rules of its own."""
+    with _no_advice():  # imported here because it takes seconds
+        from transformers import CONFIG_MAPPING, AutoConfig
+
+    if not is_original(config):
+        return {"config": AutoConfig.for_model(config.family)}
+    text: Any = config.text_config
+    known = fields.get("model_type") in CONFIG_MAPPING
+    return {} if known else {"config": AutoConfig.for_model(text.model_type)}
+
+
+def _tokenizer(directory: pathlib.Path, kind: dict[str, Any], *, original: bool) -> Any:
+    """The tokenizer of a directory."""
+    with _no_advice():
+        from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
+
+    tokenizer_class: Any = AutoTokenizer
+    own: dict[str, Any] = {}
+    path = directory / "tokenizer_config.json"
+    named = read_json(path).get("tokenizer_class") if path.is_file() else None
+    internlm2 = isinstance(named, str) and named.startswith("InternLM2")  # code beside the model
     has_json = (directory / "tokenizer.json").is_file()
-    from_model = original and not has_json and (directory / "tokenizer.model").is_file()
-    tokenizer_class = LlamaTokenizer if from_model else AutoTokenizer
+    if internlm2 and has_json:
+        tokenizer_class = PreTrainedTokenizerFast
+    elif internlm2:
+        tokenizer_class, own["add_prefix_space"] = LlamaTokenizer, False
+    elif original and (directory / "tokenizer.model").is_file() and not has_json:
+        # AutoTokenizer leaves out the space in front of a text where it builds the tokenizer of
+        # a "llava" from tokenizer.model; LLaMA's own class does not.
+        tokenizer_class = LlamaTokenizer
     try:
-        tokenizer = tokenizer_class.from_pretrained(
-            str(directory), local_files_only=True, trust_remote_code=False, **kind
+        return tokenizer_class.from_pretrained(
+            str(directory), local_files_only=True, trust_remote_code=False, **kind, **own
         )
     except Exception as error:  # transformers raises many types for missing or odd files
         raise UserError(
@@ -137,33 +190,22 @@ def load_processor(
             "tokenizer.json, or tokenizer.model with sentencepiece and protobuf installed "
             "(the extra `original`)."
         ) from None
-    image_processor: Any
-    if original is not None:
-        pad = read_json(directory / "config.json").get("image_aspect_ratio") == "pad"
-        image_processor = family.image_processor(original, pad=pad)
-    else:
-        try:
-            image_processor = AutoImageProcessor.from_pretrained(
-                str(directory),
-                local_files_only=True,
-                trust_remote_code=False,
-                backend="pil",
-                **kind,
-            )
-        except Exception as error:
-            raise UserError(
-                f"{directory} has no usable image processor ({first_line(error)}); expected "
-                "preprocessor_config.json or processor_config.json."
-            ) from None
-    return Processor(
-        tokenizer=tokenizer,
-        image_processor=image_processor,
-        template=_chat_template(directory, tokenizer, family, original=original is not None),
-        eos_token_ids=_eos_token_ids(directory, tokenizer),
-        directory=directory,
-        around_images=family.prompts.around_images,
-        defaults=_generation_defaults(directory),
-    )
+
+
+def _image_processor(directory: pathlib.Path, kind: dict[str, Any]) -> Any:
+    """The image processor of a directory."""
+    with _no_advice():
+        from transformers import AutoImageProcessor
+
+    try:
+        return AutoImageProcessor.from_pretrained(
+            str(directory), local_files_only=True, trust_remote_code=False, backend="pil", **kind
+        )
+    except Exception as error:  # transformers raises many types for missing or odd files
+        raise UserError(
+            f"{directory} has no usable image processor ({first_line(error)}); expected "
+            "preprocessor_config.json or processor_config.json."
+        ) from None
 
 
 @contextlib.contextmanager
@@ -196,18 +238,20 @@ def _no_advice() -> Iterator[None]:
 
 
 def _chat_template(
-    directory: pathlib.Path, tokenizer: Any, family: Family, *, original: bool
+    directory: pathlib.Path,
+    tokenizer: Any,
+    family: Family,
+    fields: Mapping[str, Any],
+    *,
+    original: bool,
 ) -> ChatTemplate:
     """The template that `transformers` 5 takes; else the tokenizer's, else the family's."""
     variables = dict(tokenizer.special_tokens_map)
     text = _stored_template(directory) or _default_of(tokenizer.chat_template)
     if text is not None:
         return ChatTemplate(text, variables, trusted=directory == SHIPPED)
-    fields = read_json(directory / "config.json") if (directory / "config.json").is_file() else {}
-    decoder = fields.get("text_config")
-    named = fields if original or not isinstance(decoder, dict) else decoder
     own = family.prompts.template(
-        str(named.get("model_type")),
+        fields,
         original=original,
         end=tokenizer.eos_token or "",
         vocabulary=tokenizer.get_vocab(),

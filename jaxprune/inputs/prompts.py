@@ -223,6 +223,7 @@ def render(processor: Processor, messages: Sequence[Message]) -> str:
         text = processor.template.render(messages)
     else:
         text = processor.template.render([{**m, "content": _flat(m["content"])} for m in messages])
+    text = text.replace(processor.image_token, IMAGE_PLACEHOLDER)
     if text.count(IMAGE_PLACEHOLDER) != wanted:
         raise UserError(
             f"The model's chat template makes {text.count(IMAGE_PLACEHOLDER)} places for "

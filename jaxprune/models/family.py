@@ -5,12 +5,13 @@ folder and one line of `registry`.
 """
 
 import dataclasses
-from collections.abc import Container, Mapping
+import pathlib
+from collections.abc import Callable, Container, Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxprune.models.weights import KeyTable
+from jaxprune.models.weights import KeyTable, Shape
 from jaxprune.ops.axes import AnyArray
 from jaxprune.ops.cuts import NO_CUTS, Schedule, Tokens
 from jaxprune.ops.tiles import Tiling, VisualSize
@@ -179,46 +180,63 @@ class Embedded(NamedTuple):
     lengths: Int[AnyArray, " B"]
 
 
-@runtime_checkable  # so that the tests can check it
-class Template(Protocol):
-    """A chat template, as text in Jinja."""
+def is_original(config: Any) -> bool:
+    """Whether a model came in its publisher's form, where no token stands for an image."""
+    index: int = config.image_token_index
+    return index < 0
 
-    def __call__(self, *, original: bool, end: str) -> str | None:
-        """The template of a model in its publisher's original format, or of any other.
+
+NO_IMAGE_TOKEN = -200
+"""The `image_token_index` of a model in its publisher's form."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFiles:
+    """A model's directory, as a family reads a config from it.
+
+    Attributes:
+        path: the directory.
+        fields: of its config.json.
+        dtype: of the parameters.
+        shapes: gives the stored tensors' shapes by their keys.
+        vision_tower: the directory of the vision tower, where the user named one.
+    """
+
+    path: pathlib.Path
+    fields: Mapping[str, Any]
+    dtype: str
+    shapes: Callable[[], Mapping[str, Shape]] = dict
+    vision_tower: pathlib.Path | None = None
+
+
+@runtime_checkable  # so that the tests can check it
+class PromptFormat(Protocol):
+    """How a family writes its prompts, where a model's directory does not say."""
+
+    @property
+    def around_images(self) -> tuple[str, str]:
+        """Text in front of each image's tokens and after them."""
+
+    @property
+    def image_token(self) -> str:
+        """What the templates of directories write for an image."""
+
+    def template(
+        self, fields: Mapping[str, Any], *, original: bool, end: str, vocabulary: Container[str]
+    ) -> str | None:
+        """The chat template, in Jinja, of a model whose directory has none.
 
         None where models of the family have several formats and nothing says which.
 
         Args:
-            original: whether the directory is in the original format.
+            fields: of its config.json.
+            original: whether the directory is in its publisher's form.
             end: the tokenizer's end of an answer.
+            vocabulary: of the tokenizer.
         """
 
-
-@dataclasses.dataclass(frozen=True)
-class PromptFormat:
-    """How a family writes its prompts, where a model's directory does not say.
-
-    Attributes:
-        templates: by a part of the decoder's `model_type`; the first that fits is taken, and
-            "" fits all.
-        around_images: text in front of each image's tokens and after them.
-        other_formats: tokens of other prompt formats: a decoder whose vocabulary has one was
-            taught that format, and no template here is its own.
-    """
-
-    templates: Mapping[str, Template]
-    around_images: tuple[str, str] = ("", "")
-    other_formats: tuple[str, ...] = ()
-
-    def template(
-        self, model_type: str, *, original: bool, end: str, vocabulary: Container[str] = ()
-    ) -> str | None:
-        """The template of a model whose directory has none, see `Template`; None: not known."""
-        if any(token in vocabulary for token in self.other_formats):
-            return None
-        fitting = (make for name, make in self.templates.items() if name in model_type)
-        make = next(fitting, None)
-        return None if make is None else make(original=original, end=end)
+    def end(self, fields: Mapping[str, Any]) -> str | None:
+        """The token that ends an answer in the publisher's form; None: as the directory says."""
 
 
 @runtime_checkable  # so that the tests can check it
@@ -233,13 +251,24 @@ class Family(Protocol):
     @property
     def config(self) -> type[ModelConfig]: ...
     @property
-    def weights(self) -> KeyTable: ...
-    @property
     def presets(self) -> Mapping[str, Any]:
         """Functions of `dtype` that give the configs of published sizes, by name."""
 
     @property
     def prompts(self) -> PromptFormat: ...
+
+    def recognises(self, fields: Mapping[str, Any]) -> bool:
+        """Whether a config.json is of this family, in whatever form."""
+
+    def read_config(self, files: ModelFiles) -> ModelConfig:
+        """The config of a directory that is of this family.
+
+        Raises:
+            UserError: for what this port does not handle.
+        """
+
+    def weights(self, config: Any) -> KeyTable:
+        """How a model's weights are stored, in the form in which they are written."""
 
     def encode(
         self,
@@ -311,5 +340,11 @@ class Family(Protocol):
     def image_processor(self, config: Any, *, pad: bool) -> Any:
         """The `transformers` image processor of a model whose directory has no file for it."""
 
+    def image_arguments(self, config: Any) -> dict[str, Any]:
+        """What the image processor is told beside what its file says."""
+
     def processor_files(self, config: Any, *, do_pad: bool = False) -> dict[str, dict[str, Any]]:
         """The files from which `transformers` makes the processor: names, and JSON contents."""
+
+    def hub_form(self, config: Any) -> bool:
+        """Whether `transformers` knows a form of the model, in which it is written."""

@@ -4,10 +4,12 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from jaxprune.errors import UserError
-from jaxprune.models import llava, llava_next
+from jaxprune.models import internvl, llava, llava_next
 from jaxprune.models.family import Family, ModelConfig
+from jaxprune.models.weights import KeyTable
 from jaxprune.ops.cuts import Depth
 
 FAMILIES: Mapping[str, Family] = {
@@ -15,6 +17,7 @@ FAMILIES: Mapping[str, Family] = {
     for family in (
         llava.FAMILY,
         llava_next.FAMILY,
+        internvl.FAMILY,
     )
 }
 """By the `model_type` of their `config.json`."""
@@ -36,6 +39,17 @@ def family_of(config: object) -> Family:
             return family
     known = ", ".join(family.config.__name__ for family in FAMILIES.values())
     raise UserError(f"config is a {type(config).__name__}; expected one of: {known}.")
+
+
+def family_of_fields(fields: Mapping[str, Any]) -> Family | None:
+    """The family of a config.json; None for an unknown one."""
+    # A later one may be a special case of an earlier one.
+    return next((f for f in reversed(list(FAMILIES.values())) if f.recognises(fields)), None)
+
+
+def table_of(config: object) -> KeyTable:
+    """How a model's weights are stored."""
+    return family_of(config).weights(config)
 
 
 def fingerprint(config: ModelConfig) -> str:

@@ -66,6 +66,33 @@ def dynamic_frequencies(
     return 1.0 / base[:, None] ** exponent
 
 
+def longrope_frequencies(
+    length: Int[AnyArray, " B"],
+    *,
+    head_dim: int,
+    theta: float | int,
+    short: Sequence[float],
+    long: Sequence[float],
+    original_length: int,
+) -> Float[Array, "B half"]:
+    """LongRoPE (arXiv 2402.13753): each frequency divided by its own factor, by a row's length.
+
+    Args:
+        length: int32, positions in use in each row.
+        head_dim: d.
+        theta: the base.
+        short, long: the divisors of rows up to `original_length`, and of longer ones.
+        original_length: the longest sequence that the model was first trained for.
+
+    Returns:
+        Inverse frequencies, float32.
+    """
+    exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    wave = np.float32(theta) ** exponent
+    few, many = (1.0 / (np.asarray(factors, np.float32) * wave) for factors in (short, long))
+    return jnp.where((length > original_length)[:, None], many, few)
+
+
 def angles(
     positions: Int[AnyArray, "B Q"] | Int[AnyArray, "A B Q"],
     inv_freq: Float[AnyArray, " half"] | Float[AnyArray, "B half"],

@@ -52,6 +52,8 @@ class Tiling(NamedTuple):
         places: int32 `[M]`, or `[A, M]` for rotary positions of several axes: a slot's
             position, from the image's first one; None counts the slots.
         extent: positions that the image takes up before the text after it; None: M.
+        maps: of an image of several tiles its patches as they lie in the picture, int32
+            `[rows, columns]` each: seen as a whole, and enlarged in tiles.
     """
 
     tiles: int
@@ -59,6 +61,7 @@ class Tiling(NamedTuple):
     rows: np.ndarray
     places: np.ndarray | None = None
     extent: int | None = None
+    maps: tuple[np.ndarray, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -88,6 +91,20 @@ def one_tile(num_patches: int, *, cls: bool = False) -> Tiling:
     places = np.arange(num_patches, dtype=np.int32)
     slots = np.append(np.int32(CLS), places) if cls else places
     return Tiling(1, slots, (slots >= 0).astype(np.int32))
+
+
+def map_of_tiles(tall: int, wide: int, grid: int, *, first: int = 0) -> np.ndarray:
+    """The patches of tiles that lie side by side, int32 `[tall * grid, wide * grid]`.
+
+    Args:
+        tall, wide: rows and columns of tiles, which are numbered row by row.
+        grid: patches along a side of a tile.
+        first: the number of the first tile.
+    """
+    row, column = np.mgrid[: tall * grid, : wide * grid]
+    tile = first + row // grid * wide + column // grid
+    patch: np.ndarray = tile * grid**2 + row % grid * grid + column % grid
+    return patch.astype(np.int32)
 
 
 class Packing(NamedTuple):

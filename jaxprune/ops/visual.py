@@ -59,6 +59,7 @@ class Signal:
 
 CLS_ATTENTION = Signal("cls_attention", heads="joined")
 """What PruMerge and iti go by: the CLS query's attention, one head over the full width."""
+PROJECTED = Signal("projected")
 
 
 class VisionOutput(NamedTuple):

@@ -39,18 +39,16 @@ class View:
 def views(params: Params, image: Image.Image) -> list[View]:
     """How a model sees an RGB image: once, or as a whole and once more in tiles."""
     config = params.config
-    tiling, boxes = config.tiling(size_of(image)), _grid_boxes(*config.tower.grid)
-    every = np.arange(config.tower.tokens_per_tile)
-    if tiling.tiles == 1:
-        return [View("", what_the_model_sees(params, image), every, boxes)]
-    found = [View("whole", image, every, boxes)]
-    lines = tiling.slots[tiling.rows > 0]
-    patches = lines[lines >= 0]
-    rows = tiling.rows.max()
-    if len(patches):  # an extreme strip has none
-        boxes = _grid_boxes(rows, len(patches) // rows)
-        found.append(View("tiles", image, patches, boxes))
-    return found
+    maps = config.tiling(size_of(image)).maps
+    if not maps:
+        every = np.arange(config.tower.tokens_per_tile)
+        seen = what_the_model_sees(params, image)
+        return [View("", seen, every, _grid_boxes(*config.tower.grid))]
+    return [
+        View(name, image, patches.ravel(), _grid_boxes(*patches.shape))
+        for name, patches in zip(("whole", "tiles"), maps, strict=True)
+        if patches.size  # an extreme strip has none in tiles
+    ]
 
 
 def what_the_model_sees(params: Params, image: Image.Image) -> Image.Image:

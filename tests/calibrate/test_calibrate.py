@@ -13,7 +13,6 @@ from jaxprune.calibrate import Sample, calibrate, encode_samples, evaluate, scor
 from jaxprune.data import scenes
 from jaxprune.engine.cost import layer_macs
 from jaxprune.inputs.request import Row, make_request
-from jaxprune.models import llava
 from jaxprune.ops.cuts import LAST, QUESTION, VISUAL
 from tests import builders
 from tests.builders import start, tiny_config, write_directory
@@ -354,7 +353,9 @@ def test_an_answer_is_split_as_behind_its_prompt(tmp_path):
     )
     directory, _ = builders.write_original(tmp_path / "m", tmp_path / "t")
     tokenizer.save(str(directory / "tokenizer.json"))
-    processor = load_processor(directory, llava.FAMILY, original=builders.tiny_config())
+    processor = load_processor(
+        directory, dataclasses.replace(builders.tiny_config(), image_token_index=-200)
+    )
     image = scenes.draw(scenes.sample("calibration", 0, 0)[0])
     row = make_request(processor, image, "What?", chat=True, answers=["What"]).rows[0]
     pieces = processor.tokenizer.convert_ids_to_tokens(row.answer)

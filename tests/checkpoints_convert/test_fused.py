@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 from safetensors.numpy import load_file, save_file
 
 import jaxprune
-from jaxprune.checkpoints_convert import convert, export, load, load_checkpoint
+from jaxprune.checkpoints_convert import convert, export, load_checkpoint
 from jaxprune.models import registry
 from jaxprune.models.llava import Llava
 from jaxprune.models.weights import KeyTable, join_rows, linear, split_rows
@@ -26,6 +26,7 @@ class Config:
 
     kv_heads: int
     dtype: str = "float32"
+    image_token_index = 0
 
     @classmethod
     def from_hf(cls, fields, *, dtype="float32"):
@@ -73,14 +74,22 @@ class MadeUp(Llava):
     """Nothing of it is run."""
 
     config: Any = Config
-    weights = PART.under("text.", "decoder/")
+
+    def recognises(self, fields):
+        return fields.get("model_type") == "made_up"
+
+    def read_config(self, files):
+        return Config.from_hf(files.fields, dtype=files.dtype)
+
+    def weights(self, config):
+        return PART.under("text.", "decoder/")
+
     param_shapes: Any = staticmethod(param_shapes)
 
 
 @pytest.fixture(params=[4, 2, 1], ids=lambda kv_heads: f"g={HEADS // kv_heads}")
 def directory(request, monkeypatch, tmp_path):
     monkeypatch.setattr(registry, "FAMILIES", {**registry.FAMILIES, "made_up": MadeUp()})
-    monkeypatch.setattr(load, "FAMILIES", registry.FAMILIES)
     config = Config(request.param)
     rows = (HEADS + 2 * config.kv_heads) * HEAD
     rng = np.random.default_rng(0)

@@ -1,5 +1,6 @@
 """LLaVA's original format becomes a Hugging Face directory that answers the same."""
 
+import dataclasses
 import json
 
 import jax
@@ -14,11 +15,11 @@ from jaxprune import checkpoints_convert, cli
 from jaxprune.inputs.pixels import pixel_values
 from jaxprune.inputs.processor import load_processor
 from jaxprune.inputs.prompts import as_messages, render, tokenize
-from jaxprune.models import llava
 from tests import builders
 
 IDS = 290
 ROWS = 320  # those and two more, rounded up to a multiple of 64
+ORIGINAL = dataclasses.replace(builders.tiny_config(), image_token_index=-200)
 
 
 @pytest.fixture(params=["first", "always"])
@@ -65,8 +66,8 @@ CONVERSATIONS = [
 def test_prompts_keep_their_strings_and_ids(images, prompt, original, tmp_path):
     convert(original, tmp_path / "new")
     messages, _ = as_messages(prompt, [None] * images)
-    old = load_processor(original[0], llava.FAMILY, original=builders.tiny_config())
-    new = load_processor(tmp_path / "new", llava.FAMILY)
+    old = load_processor(original[0], ORIGINAL)
+    new = load_processor(tmp_path / "new", builders.tiny_config())
     text = render(old, messages)
     assert text.endswith(" ASSISTANT:")
     assert render(new, messages) == text
@@ -114,12 +115,10 @@ def test_new_rows_are_the_mean_of_the_old(original, tmp_path):
 def test_the_vocabulary_grows_to_a_multiple_of_64(rows):
     array = np.arange(rows * 2, dtype=np.float16).reshape(rows, 2)
     path = "language_model/embed_tokens/embedding"
-    found = checkpoints_convert.llava_original.with_new_rows(path, array, 128)
+    found = checkpoints_convert.hub_form.with_new_rows(path, array, 128)
     assert found.shape == (128, 2) and found.dtype == np.float16
     np.testing.assert_array_equal(found[rows:], np.tile([rows - 1, rows], (128 - rows, 1)))
-    other = checkpoints_convert.llava_original.with_new_rows(
-        "language_model/norm/scale", array, 128
-    )
+    other = checkpoints_convert.hub_form.with_new_rows("language_model/norm/scale", array, 128)
     assert other is array
 
 
@@ -130,8 +129,8 @@ def test_images_become_the_same_pixels(aspect, wide, tmp_path):
     )
     convert(original, tmp_path / "new")
     config = builders.tiny_config()
-    old = load_processor(original[0], llava.FAMILY, original=config)
-    pixels = pixel_values(load_processor(tmp_path / "new", llava.FAMILY), [wide], config)
+    old = load_processor(original[0], ORIGINAL)
+    pixels = pixel_values(load_processor(tmp_path / "new", builders.tiny_config()), [wide], config)
     np.testing.assert_allclose(pixels, pixel_values(old, [wide], config), atol=1e-6)
     padded = bool(np.ptp(pixels[0, 0, :, 0]) < 0.02)  # the first row is the padding's one color
     assert padded == (aspect == "pad")
@@ -244,7 +243,7 @@ def test_a_sentencepiece_tokenizer(legacy, original, tmp_path):
     text = "USER: <image>\nWhat is it? ASSISTANT:"
     expected = [reference.encode(part) for part in text.split("<image>")]
     expected[0].insert(0, 1)
-    old = load_processor(directory, llava.FAMILY, original=builders.tiny_config())
+    old = load_processor(directory, ORIGINAL)
     assert tokenize(old, text, 1) == expected
     convert(original, tmp_path / "new")
-    assert tokenize(load_processor(tmp_path / "new", llava.FAMILY), text, 1) == expected
+    assert tokenize(load_processor(tmp_path / "new", builders.tiny_config()), text, 1) == expected

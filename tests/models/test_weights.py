@@ -2,8 +2,9 @@
 
 import pytest
 
-from jaxprune.models import llava, llava_next
 from jaxprune.models.clip.weights import CLIP
+from jaxprune.models.llava.weights import llava_table
+from jaxprune.models.llava_next.weights import llava_next_table
 from jaxprune.models.weights import KEEP, KeyTable, Rule
 
 TOWERS = CLIP.under("image_tower.", "image/") + CLIP.under("video_tower.", "video/")
@@ -23,11 +24,11 @@ def test_a_part_in_two_places(name):
 def test_a_spelling_is_a_family_s_own():
     assert TOWERS.canonical_key("model.layers.0.norm") == "model.layers.0.norm"
     assert (
-        llava.FAMILY.weights.canonical_key("model.norm.weight")
+        llava_table("llama").canonical_key("model.norm.weight")
         == "language_model.model.norm.weight"
     )
-    assert llava_next.FAMILY.weights.canonical_key("model.image_newline") == "image_newline"
-    assert llava.FAMILY.weights.rule_of_key("image_newline") is None
+    assert llava_next_table("llama").canonical_key("model.image_newline") == "image_newline"
+    assert llava_table("llama").rule_of_key("image_newline") is None
 
 
 def test_mistakes_in_a_table():

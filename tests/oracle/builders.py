@@ -1,6 +1,6 @@
 """Tiny random PyTorch models, and the same weights as a directory."""
 
-import json
+from typing import Any
 
 import numpy as np
 import torch
@@ -8,8 +8,11 @@ import transformers
 
 import jaxprune
 from jaxprune.checkpoints_convert.load import read_config
-from jaxprune.models.registry import family_of
-from tests.builders import set_image_size
+from tests.builders import (
+    set_image_size,
+    write_processor_files,
+    write_published_internvl,
+)
 
 VISION = {
     "hidden_size": 32,
@@ -75,17 +78,57 @@ def torch_llava_next(*, text=None, seed=0, pinpoints=None, **fields):
     return perturbed(model)
 
 
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0, 1.1, 1.3, 1.5, 1.8, 2.5],
+    "long_factor": [1.2, 1.9, 2.7, 4.0, 6.5, 9.0],
+    "original_max_position_embeddings": 16,
+}
+INTERNVL_DECODERS: dict[str, Any] = {
+    "qwen2": (transformers.Qwen2Config, {"num_key_value_heads": 2}),
+    "qwen3": (transformers.Qwen3Config, {"num_key_value_heads": 2, "head_dim": 16}),
+    "internlm2": (
+        transformers.LlamaConfig,
+        {
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 64,
+            "rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4},
+        },
+    ),
+    "multi-query": (transformers.LlamaConfig, {"num_key_value_heads": 1}),
+    "phi3": (
+        transformers.Phi3Config,
+        {"rope_parameters": LONGROPE, "original_max_position_embeddings": 16},
+    ),
+}
+INTERNVIT_6B = {"use_qk_norm": True, "norm_type": "rms_norm", "attention_bias": False}
+
+
+def torch_internvl(decoder="qwen2", *, vision=None, text=None, seed=0, **fields):
+    """A random InternVL in float32, tiles of 32 pixels and 4 visual tokens."""
+    text_class, own = INTERNVL_DECODERS[decoder]
+    tower: dict[str, Any] = {**VISION, "num_hidden_layers": 2, "attention_bias": True}
+    tower |= {"image_size": [32, 32], "patch_size": [8, 8], **(vision or {})}
+    config = transformers.InternVLConfig(
+        vision_config=tower,
+        text_config=text_class(**{**TEXT, **own, **(text or {})}),
+        **{"image_token_id": 4, "image_seq_length": 4, "tie_word_embeddings": False, **fields},
+    )
+    torch.manual_seed(seed)
+    return perturbed(transformers.InternVLForConditionalGeneration(config).eval())
+
+
 def save(model, directory):
     """`model.save_pretrained`, with the shipped model's tokenizer and a processor beside it."""
     model.save_pretrained(directory)
     for path in jaxprune.SMALL_MODEL.iterdir():
         if path.suffix in (".json", ".jinja") and path.name != "config.json":
             (directory / path.name).write_bytes(path.read_bytes())
-    set_image_size(directory, model.config.vision_config.image_size)
+    if model.config.model_type != "internvl":
+        set_image_size(directory, model.config.vision_config.image_size)
     if model.config.model_type != "llava":
-        config = read_config(directory, dtype="float32")
-        for name, fields in family_of(config).processor_files(config).items():
-            (directory / name).write_text(json.dumps(fields))
+        write_processor_files(directory, read_config(directory, dtype="float32"))
     return directory
 
 
@@ -100,3 +143,18 @@ def prompt(model, rng, images=1, words=12):
     ids += rng.integers(5, 512, size=words).tolist()
     pixels = rng.normal(size=(images, 3, size, size)).astype(np.float32)
     return torch.from_numpy(pixels), torch.tensor([ids])
+
+
+def save_published(model, decoder, directory, **fields):
+    """An InternVL directory in the publisher's form."""
+    vision, text = model.config.vision_config.to_dict(), model.config.text_config.to_dict()
+    state = {key.removeprefix("model."): x.numpy() for key, x in model.state_dict().items()}
+    tensors = {
+        key.replace("language_model.", "language_model.model.").replace(
+            "lm_head.", "language_model.lm_head."
+        ): x
+        for key, x in state.items()
+    }
+    return write_published_internvl(
+        directory, decoder, tensors=tensors, vision=vision, text=text, **fields
+    )

@@ -199,10 +199,10 @@ def test_published_sizes(name):
     assert LlavaNextConfig.from_hf(theirs.to_dict()) == config
     with torch.device("meta"):
         model = transformers.LlavaNextForConditionalGeneration(theirs)
-    expected = flat_shapes(config)
+    expected, table = flat_shapes(config), FAMILY.weights(config)
     mapped = {}
     for key, tensor in model.state_dict().items():
-        rule = FAMILY.weights.rule_of_key(FAMILY.weights.canonical_key(key))
+        rule = table.rule_of_key(table.canonical_key(key))
         (path,) = rule.paths
         assert path not in mapped, f"{key} and {mapped[path]}"
         mapped[path] = key

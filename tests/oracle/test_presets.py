@@ -17,14 +17,14 @@ def test_every_tensor_of_the_pytorch_model(name):
     fields = config.to_hf()
     with torch.device("meta"):
         model = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(**fields))
-    expected = flat_shapes(config)
+    expected, table = flat_shapes(config), FAMILY.weights(config)
     mapped = {}
     for key, tensor in model.state_dict().items():
-        rule = FAMILY.weights.rule_of_key(FAMILY.weights.canonical_key(key))
+        rule = table.rule_of_key(table.canonical_key(key))
         assert rule is not None, key
         (path,) = rule.paths
         assert path not in mapped, f"{key} and {mapped[path]}"
         mapped[path] = key
         assert rule.stored_shape([expected[path].shape]) == tuple(tensor.shape), key
-        assert FAMILY.weights.rule_of_path(path) == rule
+        assert table.rule_of_path(path) == rule
     assert set(mapped) == set(expected)

@@ -4,9 +4,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
-from jaxprune.errors import UserError
 from jaxprune.models.activations import ACTIVATIONS
 from jaxprune.models.config import (
     MOST_PATCHES,
@@ -15,8 +12,7 @@ from jaxprune.models.config import (
     require_types,
     without_nulls,
 )
-from jaxprune.ops.attention import limits, scratch_bytes
-from jaxprune.ops.visual import Signal
+from jaxprune.models.vit.config import check_sizes, splits
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,21 +31,7 @@ class ClipVisionConfig:
 
     def __post_init__(self) -> None:
         require_types(self, "The CLIP vision config")
-        if self.hidden_size % self.num_attention_heads:
-            raise UserError(
-                f"The CLIP vision config has hidden_size={self.hidden_size}, which its "
-                f"{self.num_attention_heads} attention heads do not divide."
-            )
-        if self.patch_size > self.image_size:
-            raise UserError(
-                f"The CLIP vision config has patches of {self.patch_size} pixels in an image "
-                f"of {self.image_size}."
-            )
-        if self.num_patches > MOST_PATCHES:
-            raise UserError(
-                f"The CLIP vision config has {self.num_patches:,} patches in an image; expected at "
-                f"most {MOST_PATCHES:,}."
-            )
+        check_sizes(self, "The CLIP vision config", most_patches=MOST_PATCHES)
 
     @property
     def grid_size(self) -> int:
@@ -62,10 +44,7 @@ class ClipVisionConfig:
 
     def mesh_splits(self) -> dict[str, int]:
         """What a mesh's "model" axis has to divide."""
-        return {
-            "attention heads of the vision tower": self.num_attention_heads,
-            "MLP features of the vision tower": self.intermediate_size,
-        }
+        return splits(self)
 
     @classmethod
     def from_hf(cls, fields: Mapping[str, Any], *, dtype: str = "float32") -> "ClipVisionConfig":
@@ -98,57 +77,3 @@ class ClipVisionConfig:
         fields = dataclasses.asdict(self)
         del fields["dtype"]
         return {"model_type": "clip_vision_model", "num_channels": 3, **fields}
-
-
-@dataclasses.dataclass(frozen=True)
-class ClipTower:
-    """A CLIP tower as the rest of the library sees it: a `TowerSizes`.
-
-    Attributes:
-        config: its sizes.
-        feature_layers: the hidden states that are read, 0 for the embeddings.
-    """
-
-    config: ClipVisionConfig
-    feature_layers: tuple[int, ...]
-
-    @property
-    def tile_size(self) -> int:
-        return self.config.image_size
-
-    @property
-    def tokens_per_tile(self) -> int:
-        return self.config.num_patches
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        return self.config.grid_size, self.config.grid_size
-
-    def check(self, signals: frozenset[Signal]) -> None:
-        """Raise `UserError` unless the tower can give these signals."""
-        layers = self.config.num_hidden_layers
-        for signal in signals:
-            if not -layers <= signal.layer < layers:
-                raise UserError(
-                    f"The method asks for {signal}, but the CLIP tower has {layers} layers."
-                )
-
-    def macs(self, tiles: int) -> int:
-        """Multiply-adds of the layers that are run for so many tiles, and of the embedding."""
-        c = self.config
-        run = max(index % (c.num_hidden_layers + 1) for index in self.feature_layers)
-        n, D = c.num_patches + 1, c.hidden_size
-        layer = n * D * (4 * D + 2 * c.intermediate_size) + 2 * n**2 * D
-        return tiles * (run * layer + c.num_patches * c.patch_size**2 * 3 * D)
-
-    def bytes(self, tiles: int) -> tuple[int, int]:
-        """About what encoding tiles takes beside the weights: what stays, and a layer at work."""
-        c = self.config
-        slots, item = 1 + c.num_patches, np.dtype(c.dtype).itemsize
-        pixels = 4 * 3 * c.image_size**2
-        features = slots * c.hidden_size * (len(self.feature_layers) + 1) * item  # and keys
-        # The residual, its norm and the heads' inputs and output; or the MLP's inner layer.
-        width = 2 * c.hidden_size + max(4 * c.hidden_size, 2 * c.intermediate_size)
-        H = c.num_attention_heads
-        scratch = scratch_bytes(tiles, slots, heads=H, key_value_heads=H, block=limits.FULL_BLOCK)
-        return tiles * (pixels + features), tiles * slots * width * item + scratch

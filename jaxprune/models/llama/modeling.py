@@ -31,6 +31,15 @@ def rope_frequencies(config: LlamaConfig, length: Int[Array, " B"]) -> Float[Arr
             factor=scaling.factor,
             max_length=config.max_position_embeddings,
         )
+    if scaling.kind == "longrope":
+        return rope.longrope_frequencies(
+            length,
+            head_dim=config.head_dim,
+            theta=config.rope_theta,
+            short=scaling.short_factor,
+            long=scaling.long_factor,
+            original_length=scaling.original_max_position_embeddings,
+        )
     inv_freq = rope.frequencies(config.head_dim, config.rope_theta)
     if scaling.kind == "linear":
         inv_freq = inv_freq / scaling.factor
@@ -51,13 +60,15 @@ class LlamaAttention(nn.Module):
     def setup(self) -> None:
         c = self.config
 
-        def dense(features: int) -> nn.Dense:
-            return nn.Dense(features, use_bias=c.attention_bias, dtype=c.dtype, param_dtype=c.dtype)
+        def dense(features: int, bias: bool) -> nn.Dense:
+            return nn.Dense(features, use_bias=bias, dtype=c.dtype, param_dtype=c.dtype)
 
-        self.q_proj = dense(c.num_attention_heads * c.head_dim)
-        self.k_proj = dense(c.num_key_value_heads * c.head_dim)
-        self.v_proj = dense(c.num_key_value_heads * c.head_dim)
-        self.o_proj = dense(c.hidden_size)
+        self.q_proj = dense(c.num_attention_heads * c.head_dim, c.attention_bias)
+        self.k_proj = dense(c.num_key_value_heads * c.head_dim, c.attention_bias)
+        self.v_proj = dense(c.num_key_value_heads * c.head_dim, c.attention_bias)
+        self.o_proj = dense(c.hidden_size, c.output_bias)
+        if c.qk_norm:
+            self.q_norm, self.k_norm = rms_norm(c), rms_norm(c)
 
     def qkv(self, x: Float[Array, "B Q D"]) -> tuple[Array, Array, Array]:
         """q `[B, H, Q, d]`, k and v `[B, J, Q, d]`, not rotated."""
@@ -65,7 +76,14 @@ class LlamaAttention(nn.Module):
         def heads(y: Array) -> Array:
             return y.reshape(*y.shape[:2], -1, self.config.head_dim).swapaxes(1, 2)
 
-        return heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
+        q, k, v = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return q, k, v
+
+    def rotate(self, heads: Float[Array, "B H Q d"], angles: Float[Array, "B Q f"]) -> Array:
+        """Queries or keys at their positions."""
+        return rope.rotate(heads, angles, self.config.rope_scaling.attention_factor)
 
 
 def join_heads(heads: Float[Array, "B H Q d"]) -> Float[Array, "B Q Hd"]:
@@ -115,7 +133,7 @@ class LlamaLayer(nn.Module):
     ) -> tuple[Float[Array, "B S Hd"], Array, LayerView]:
         """Attention among a prompt's tokens: the heads, the values, and what a ranker sees."""
         plain_q, plain_k, v = self.self_attn.qkv(self.input_layernorm(tokens.x))
-        q, k = rope.rotate(plain_q, angles), rope.rotate(plain_k, angles)
+        q, k = (self.self_attn.rotate(heads, angles) for heads in (plain_q, plain_k))
         if mask is not None:
             heads, received = attention(q, k, v, mask), None
         else:
@@ -133,7 +151,7 @@ class LlamaLayer(nn.Module):
     ) -> tuple[Float[Array, "B 1 Hd"], LayerCache]:
         """One new token a row against the cache, which takes it in: its heads."""
         q, k, v = self.self_attn.qkv(self.input_layernorm(x))
-        q, k = rope.rotate(q, angles), rope.rotate(k, angles)
+        q, k = (self.self_attn.rotate(heads, angles) for heads in (q, k))
         cache = _with_token(cache, k, v, cache.length + step, active)
         return join_heads(cached_attention(q, cache.k, cache.v, cache.valid)), cache
 

@@ -6,9 +6,10 @@ from typing import Any, ClassVar
 
 from jaxprune.errors import LARGEST, UserError
 from jaxprune.models.activations import ACTIVATIONS
-from jaxprune.models.clip.config import ClipTower, ClipVisionConfig
+from jaxprune.models.clip.config import ClipVisionConfig
 from jaxprune.models.config import mapping, refuse_unknown, require, without_nulls
-from jaxprune.models.llama.config import LlamaConfig
+from jaxprune.models.llama.config import MODEL_TYPES, LlamaConfig
+from jaxprune.models.vit.config import VitTower
 from jaxprune.ops.tiles import Tiling, VisualSize, one_tile
 
 _WHERE = "The LLaVA config"
@@ -60,8 +61,8 @@ class LlavaConfig:
         return self.vision_feature_select_strategy == "full"
 
     @property
-    def tower(self) -> ClipTower:
-        return ClipTower(self.vision_config, self.feature_layers)
+    def tower(self) -> VitTower:
+        return VitTower(self.vision_config, self.feature_layers)
 
     @property
     def num_image_tokens(self) -> int:
@@ -148,7 +149,7 @@ class LlavaConfig:
         clip = "clip_vision_model"
         require(vision, "model_type", (clip,), "The vision config", clip)
         text = mapping(fields, "text_config", _WHERE)
-        require(text, "model_type", ("llama", "mistral"), "The text config", "llama")
+        require(text, "model_type", MODEL_TYPES, "The text config", "llama")
         if fields.get("tie_word_embeddings"):
             text["tie_word_embeddings"] = fields["tie_word_embeddings"]
 

@@ -5,8 +5,10 @@ The spelling kept is the one of the Hugging Face Hub, which every `transformers`
 `language_model.lm_head.*`.
 """
 
+import functools
+
 from jaxprune.models.clip.weights import CLIP
-from jaxprune.models.llama.weights import LLAMA
+from jaxprune.models.llama.weights import decoder_table
 from jaxprune.models.weights import KeyTable, Spelling, linear
 
 PROJECTOR = KeyTable(
@@ -23,7 +25,7 @@ PROJECTOR = KeyTable(
     ),
 )
 
-_WHOLE = KeyTable(
+WHOLE = KeyTable(
     spellings=(
         # The publisher's original checkpoints.
         Spelling(r"model\.vision_tower\.vision_tower\.", "vision_tower."),
@@ -44,9 +46,13 @@ _WHOLE = KeyTable(
     ),
 )
 
-LLAVA = (
-    PROJECTOR
-    + _WHOLE
-    + CLIP.under("vision_tower.", "vision_tower/")
-    + LLAMA.under("language_model.", "language_model/")
-)
+
+@functools.cache
+def llava_table(model_type: str) -> KeyTable:
+    """How a LLaVA is stored whose decoder `transformers` calls so."""
+    return (
+        PROJECTOR
+        + WHOLE
+        + CLIP.under("vision_tower.", "vision_tower/")
+        + decoder_table(model_type).under("language_model.", "language_model/")
+    )

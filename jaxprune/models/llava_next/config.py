@@ -11,7 +11,7 @@ from jaxprune.errors import UserError
 from jaxprune.models.clip.config import ClipVisionConfig
 from jaxprune.models.llama.config import LlamaConfig
 from jaxprune.models.llava.config import LlavaConfig
-from jaxprune.ops.tiles import NEWLINE, Tiling, VisualSize
+from jaxprune.ops.tiles import NEWLINE, Tiling, VisualSize, map_of_tiles
 
 _WHERE = "The LLaVA-NeXT config"
 _DEFAULT_PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
@@ -210,9 +210,7 @@ def anyres(height: int, width: int, pinpoints: Pinpoints, side: int, grid: int) 
         with a newline after each.
     """
     tall, wide = (n // side for n in best_resolution(height, width, pinpoints))
-    row, column = np.mgrid[: tall * grid, : wide * grid]
-    tile = 1 + row // grid * wide + column // grid
-    patch = tile * grid**2 + row % grid * grid + column % grid
+    patch = map_of_tiles(tall, wide, grid, first=1)
     patch = patch[unpadded(height, width, *patch.shape)]
     rows = len(patch)
     lines = np.concatenate([patch, np.full((rows, 1), NEWLINE)], axis=1)
@@ -222,6 +220,7 @@ def anyres(height: int, width: int, pinpoints: Pinpoints, side: int, grid: int) 
         tiles=1 + tall * wide,
         slots=np.concatenate([whole, lines.ravel()]).astype(np.int32),
         rows=np.concatenate([np.zeros_like(whole), row.ravel()]).astype(np.int32),
+        maps=(map_of_tiles(1, 1, grid), patch),
     )
 
 

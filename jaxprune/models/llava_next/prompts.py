@@ -1,7 +1,7 @@
 """How LLaVA-NeXT writes its prompts: as its decoder was trained to read them."""
 
-from jaxprune.models.family import IMAGE_PLACEHOLDER, PromptFormat
-from jaxprune.models.llava.prompts import OTHER_FORMATS, vicuna_template
+from jaxprune.models.family import IMAGE_PLACEHOLDER
+from jaxprune.models.llava.prompts import OTHER_FORMATS, ByDecoder, vicuna_template
 
 # With Mistral: instructions in brackets, no system prompt.
 MISTRAL_TEMPLATE = (
@@ -28,6 +28,6 @@ def template_of_llama(*, original: bool, end: str) -> str | None:
     return vicuna_template(original=True, end=end) if original else None
 
 
-PROMPTS = PromptFormat(
+PROMPTS = ByDecoder(
     {"mistral": mistral_template, "": template_of_llama}, other_formats=OTHER_FORMATS
 )

@@ -1,13 +1,18 @@
 """How LLaVA-NeXT is stored: as LLaVA, and the embedding between the rows of an image."""
 
-from jaxprune.models.llava.weights import LLAVA
+import functools
+
+from jaxprune.models.llava.weights import llava_table
 from jaxprune.models.weights import KEEP, KeyTable, Rule, Spelling
 
-# First, since LLaVA takes any other `model.*` for the decoder's.
-LLAVA_NEXT = (
-    KeyTable(
-        rules=(Rule("image_newline", "image_newline", KEEP),),
-        spellings=(Spelling(r"model\.image_newline\Z", "image_newline"),),
-    )
-    + LLAVA
+_NEWLINE = KeyTable(
+    rules=(Rule("image_newline", "image_newline", KEEP),),
+    spellings=(Spelling(r"model\.image_newline\Z", "image_newline"),),
 )
+
+
+@functools.cache
+def llava_next_table(model_type: str) -> KeyTable:
+    """How a LLaVA-NeXT is stored whose decoder `transformers` calls so."""
+    # The newline first, since LLaVA takes any other `model.*` for the decoder's.
+    return _NEWLINE + llava_table(model_type)

@@ -1,15 +1,14 @@
-"""LLaVA's original format, of before `transformers` had the model, and what it lacks there.
+"""A model in its publisher's form -> the form that `transformers` knows.
 
-A LLaMA's config.json with `mm_*` fields, the vision tower in a directory of its own, no token
-that stands for an image, no files for the processor. `hub_form` makes up for all of it in the
-way of the checkpoints on the Hub (llava-hf/llava-1.5-7b-hf): "<image>" and "<pad>" are appended
-to the tokenizer, and the vocabulary is padded to a multiple of 64.
+What the publishers leave to their code is written down: a token that stands for an image, the files
+of the processor, the chat template. Where the tokenizer has no such token, "<image>" and "<pad>"
+are appended to it and the vocabulary is padded to a multiple of 64, in the way of the LLaVAs on
+the Hub (llava-hf/llava-1.5-7b-hf).
 """
 
 import dataclasses
 import json
 import pathlib
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -17,16 +16,10 @@ from tokenizers import AddedToken, Regex, Tokenizer, normalizers
 
 from jaxprune.checkpoints_convert.plan import PlannedTensor
 from jaxprune.errors import UserError
-from jaxprune.files import read_json
 from jaxprune.inputs.processor import Processor, load_processor
 from jaxprune.inputs.prompts import tokenize
-from jaxprune.models.clip.config import ClipVisionConfig
-from jaxprune.models.config import require
 from jaxprune.models.family import IMAGE_PLACEHOLDER, ModelConfig
-from jaxprune.models.llama.config import LlamaConfig
-from jaxprune.models.llava.config import LlavaConfig
 from jaxprune.models.llava.prompts import VICUNA_SYSTEM
-from jaxprune.models.llava_next.config import LlavaNextConfig, pinpoints
 from jaxprune.models.registry import family_of
 
 PAD_TOKEN = "<pad>"
@@ -52,35 +45,36 @@ class HubForm:
     rows: int | None = None
 
 
-def hub_form(directory: pathlib.Path, config: LlavaConfig) -> HubForm:
-    """The Hugging Face form of an original-format model.
+def hub_form(directory: pathlib.Path, config: ModelConfig) -> HubForm:
+    """The Hugging Face form of a model in its publisher's form.
 
     Args:
         directory: where its config.json and tokenizer are.
-        config: its config, as `original_config` reads it.
+        config: its config.
 
     Raises:
         UserError: for a tokenizer that is missing, or that splits a prompt around the image
             token otherwise than around an image.
     """
-    original = load_processor(directory, family_of(config), original=config)
-    tokenizer = _with_image_token(original)
+    family, original = family_of(config), load_processor(directory, config)
+    tokenizer, image, pad = _with_tokens(original, family.prompts.image_token)
     vocabulary = tokenizer.get_vocab()
-    image, pad = vocabulary[IMAGE_PLACEHOLDER], vocabulary[PAD_TOKEN]
-    rows = max(config.text_config.vocab_size, image + 1, pad + 1)
-    rows += -rows % VOCABULARY_MULTIPLE
-    wider = dataclasses.replace(
-        config,
-        image_token_index=image,
-        text_config=dataclasses.replace(config.text_config, vocab_size=rows),
-    )
+    text: Any = config.text_config
+    rows = max(text.vocab_size, vocabulary[image] + 1, vocabulary[pad] + 1)
+    if rows > text.vocab_size:
+        rows += -rows % VOCABULARY_MULTIPLE
+    changed = {
+        "image_token_index": vocabulary[image],
+        "text_config": dataclasses.replace(text, vocab_size=rows),
+    }
+    wider = dataclasses.replace(config, **changed)  # type: ignore[type-var]
     eos = original.eos_token_ids
     token_ids = {
         "bos_token_id": original.tokenizer.bos_token_id,
         "eos_token_id": eos[0] if len(eos) == 1 else list(eos),
-        "pad_token_id": pad,
+        "pad_token_id": vocabulary[pad],
     }
-    fields = {
+    fields: dict[str, dict[str, Any]] = {
         "generation_config.json": token_ids,
         "tokenizer_config.json": {
             # The class that takes tokenizer.json as it is, without rebuilding it.
@@ -88,19 +82,31 @@ def hub_form(directory: pathlib.Path, config: LlavaConfig) -> HubForm:
             "bos_token": original.tokenizer.bos_token,
             "eos_token": original.tokenizer.eos_token,
             "unk_token": original.tokenizer.unk_token,
-            "pad_token": PAD_TOKEN,
+            "pad_token": pad,
             "padding_side": "left",
             "clean_up_tokenization_spaces": False,
-            "model_max_length": config.text_config.max_position_embeddings,
+            "model_max_length": text.max_position_embeddings,
         },
-        **family_of(config).processor_files(wider, do_pad=original.image_processor.do_pad),
     }
+    do_pad = bool(getattr(original.image_processor, "do_pad", False))
+    for name, own in family.processor_files(wider, do_pad=do_pad).items():
+        fields[name] = {**fields.get(name, {}), **own}
     texts = {name: json.dumps(value, indent=2) + "\n" for name, value in fields.items()}
     texts["tokenizer.json"] = tokenizer.to_str()
     assert original.template.text is not None  # the family's own
-    texts["chat_template.jinja"] = original.template.text
+    template = original.template.text.replace(IMAGE_PLACEHOLDER, image)
+    texts["chat_template.jinja"] = template
     contents = {name: text.encode() for name, text in texts.items()}
     return HubForm(wider, token_ids, contents, rows)
+
+
+def _with_tokens(original: Processor, image_token: str) -> tuple[Tokenizer, str, str]:
+    """The tokenizer, its token for images, and its token for padding."""
+    if image_token not in original.tokenizer.get_vocab():
+        return _with_image_token(original), IMAGE_PLACEHOLDER, PAD_TOKEN
+    plain = Tokenizer.from_str(original.tokenizer.backend_tokenizer.to_str())
+    pad = original.tokenizer.pad_token or original.tokenizer.eos_token
+    return plain, image_token, pad
 
 
 def with_new_rows(path: str, array: np.ndarray, rows: int | None) -> np.ndarray:
@@ -186,102 +192,3 @@ def _agrees(tokenizer: Tokenizer, original: Processor) -> bool:
         if tokenizer.encode(prompt).ids != expected:
             return False
     return True
-
-
-def is_original(fields: Mapping[str, Any]) -> bool:
-    """Whether a config.json is of LLaVA's original format: a LLaMA with `mm_*` fields."""
-    return "mm_vision_tower" in fields and "text_config" not in fields
-
-
-# Settings of the original code base that say how it was trained, or choose among code
-# paths that all give LLaVA-1.5's forward pass.
-_INERT = {
-    "freeze_mm_mlp_adapter",
-    "freeze_mm_vision_resampler",
-    "image_aspect_ratio",
-    "image_crop_resolution",
-    "image_grid_pinpoints",
-    "image_split_resolution",
-    "mm_hidden_size",
-    "mm_patch_merge_type",
-    "mm_vision_tower",
-    "mm_vision_tower_lr",
-    "tokenizer_model_max_length",
-    "tokenizer_padding_side",
-    "tune_mm_mlp_adapter",
-    "tune_mm_vision_resampler",
-    "unfreeze_mm_vision_tower",
-    "mm_projector_lr",
-    "mm_use_im_patch_token",
-    "use_mm_proj",
-}
-
-
-def original_config(
-    fields: Mapping[str, Any], *, dtype: str, vision_tower: pathlib.Path | None
-) -> LlavaConfig:
-    """The config of an original-format model; its `image_token_index` is negative.
-
-    Args:
-        fields: its config.json.
-        dtype: of the parameters.
-        vision_tower: the tower's directory; without one it is ViT-L/14 at 336 pixels.
-
-    Raises:
-        UserError: for settings that neither LLaVA-1.5 nor LLaVA-NeXT has.
-    """
-    where = "The original-format LLaVA config"
-    if fields.get("mm_projector_type", "linear") != "mlp2x_gelu":
-        raise UserError(
-            f"{where} has mm_projector_type={fields.get('mm_projector_type')!r}; supported: "
-            "'mlp2x_gelu', the projector of LLaVA-1.5 and LLaVA-NeXT."
-        )
-    if fields.get("mm_use_im_start_end"):
-        raise UserError(
-            f"{where} has mm_use_im_start_end=true, which LLaVA-1.5 and LLaVA-NeXT do not use."
-        )
-    kinds = ("llava", "llava_llama", "llava_mistral", "llama", "mistral")
-    kind = require(fields, "model_type", kinds, where, "llava")
-    ratios = (None, "square", "pad", "anyres")
-    ratio = require(fields, "image_aspect_ratio", ratios, where, None)
-    if vision_tower is None:
-        vision = ClipVisionConfig(dtype=dtype)
-        tower = str(fields["mm_vision_tower"])
-        if "clip-vit-large-patch14-336" not in tower:
-            raise UserError(
-                f"{where} names the vision tower {tower!r}; pass its directory as vision_tower."
-            )
-    else:
-        tower_fields = read_json(vision_tower / "config.json")
-        tower_fields = tower_fields.get("vision_config", tower_fields)
-        vision = ClipVisionConfig.from_hf(tower_fields, dtype=dtype)
-    handled = {"mm_projector_type", "mm_vision_select_layer", "mm_vision_select_feature"}
-    handled |= {"mm_use_im_start_end"}
-    text = {k: v for k, v in fields.items() if k not in handled | _INERT}
-    text["model_type"] = "mistral" if "mistral" in kind else "llama"
-    select = {"patch": "default", "cls_patch": "full"}
-    feature = fields.get("mm_vision_select_feature", "patch")
-    if feature not in select:
-        raise UserError(f"{where} has mm_vision_select_feature={feature!r}; supported: {select}.")
-    arguments = {
-        "vision_config": vision,
-        "text_config": LlamaConfig.from_hf(text, dtype=dtype),
-        # The original tokenizer has no image token: images stand at this id of its own.
-        "image_token_index": -200,
-        "vision_feature_layer": fields.get("mm_vision_select_layer", -2),
-        "vision_feature_select_strategy": select[feature],
-    }
-    if ratio != "anyres":
-        return LlavaConfig(**arguments)
-    merge = fields.get("mm_patch_merge_type", "flat")
-    if merge != "spatial_unpad":
-        raise UserError(
-            f"{where} has mm_patch_merge_type={merge!r}; supported with tiles: 'spatial_unpad', "
-            "that of LLaVA-NeXT."
-        )
-    points = pinpoints(fields.get("image_grid_pinpoints"))
-    # The original code has (width, height); which of two equally good tilings comes first
-    # decides, so their order is kept.
-    return LlavaNextConfig(
-        **arguments, image_grid_pinpoints=tuple((height, width) for width, height in points)
-    )

@@ -1,0 +1,111 @@
+"""Every method on every family: what holds whatever the tower, the tiles and the decoder are."""
+
+import zlib
+
+import chex
+import numpy as np
+import pytest
+
+import jaxprune
+from jaxprune.reports.kept_patches import kept_over_depth
+from tests import builders, cases
+from tests.builders import start
+from tests.cases import FEW
+
+SIZES = [(60, 60), (90, 30), (30, 100), (33, 31), (7, 120), (500, 400)]  # width, height
+FAMILIES = {
+    "llava": builders.tiny_config,
+    "llava_next": builders.tiny_next_config,
+    "internvl": builders.tiny_internvl_config,
+}
+METHODS = {
+    **{
+        name: options
+        for name, options in cases.METHODS.items()
+        if name not in ("adaptive pair", "prumerge fixed", "prumerge_plus fixed")
+    },
+    "prumerge fixed": {"method": "prumerge", "keep": 14},
+    "prumerge_plus fixed": {"method": "prumerge_plus", "keep": 15},
+    "fitprune": {"deletions": (30, 20, 10), "num_tokens": 88},
+}
+
+
+def options_of(name):
+    return cases.options_of(name, METHODS)
+
+
+def random_sizes(name, number):
+    """Widths and heights, of any aspect ratio up to 1:12; others for every name."""
+    rng = np.random.default_rng(zlib.crc32(name.encode()))
+    area, ratio = rng.uniform(300, 40000, number), 12 ** rng.uniform(-1, 1, number)
+    sides = np.stack([np.sqrt(area * ratio), np.sqrt(area / ratio)], axis=1)
+    return [(max(8, int(width)), max(8, int(height))) for width, height in sides]
+
+
+def picture(seed, size):
+    """Noise of so many pixels, width first."""
+    return cases.picture(seed, size[::-1])
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request, tmp_path_factory):
+    directory = tmp_path_factory.mktemp(request.param) / "m"
+    builders.write_directory(directory, FAMILIES[request.param]())
+    return jaxprune.load(directory)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_row_is_the_same_alone_and_in_a_batch(name, model):
+    images = [picture(i, size) for i, size in enumerate([SIZES[4], *random_sizes(name, 4)])]
+    prompts = ["What?", "Where is the red circle, and why?", "a b c", "Is there a star?", "Hm"]
+    options = {"buckets": FEW, **options_of(name)}
+    batch = start(model, images, prompts, **options)
+    for i in (0, 1, 4):
+        alone = start(model, images[i], prompts[i], **options)
+        chex.assert_trees_all_close(batch.first_logits[i], alone.first_logits[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("name", ["random", "uniform", "fitprune", "gsearch"])
+def test_keeping_everything_is_no_pruning(name, which, model):
+    image = picture(1, random_sizes(f"{name} everything", 2)[which])
+    plain = start(model, image, "What is it?", buckets=FEW)
+    number = sum(tiling.num_patches for tiling in plain.tilings)
+    everything = {
+        "random": {"keep": number},
+        "uniform": {"keep": number},
+        "fitprune": {"deletions": (0, 0, 0), "num_tokens": 80},
+        "gsearch": {"keep_rates": (1.0, 1.0, 1.0)},
+    }[name]
+    pruned = start(model, image, "What is it?", method=name, buckets=FEW, **everything)
+    assert (pruned.seen.room.counts == plain.seen.room.counts).all()
+    chex.assert_trees_all_close(pruned.first_logits, plain.first_logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["fitprune", "prumerge"])
+def test_a_stream_joins_to_the_answer(name, model):
+    image = picture(2, (90, 40))
+    details = jaxprune.generate(
+        model, image, "What is it?", max_new_tokens=6, return_details=True, **options_of(name)
+    )
+    streamed = "".join(
+        jaxprune.stream(model, image, "What is it?", max_new_tokens=6, **options_of(name))
+    )
+    assert streamed.strip() == details.text
+
+
+@pytest.mark.parametrize("name", ["fitprune", "pair"])
+def test_gather_equals_mask(name, model):
+    images = [picture(i, size) for i, size in enumerate(random_sizes(f"{name} gather", 4))]
+    gather, mask = (
+        start(model, images, ["What, please?"] * 4, gather=how, buckets=FEW, **options_of(name))
+        for how in (True, False)
+    )
+    assert mask.prompt.schedule.lengths is None and gather.prompt.schedule.lengths is not None
+    chex.assert_trees_all_close(gather.first_logits, mask.first_logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["prumerge", "fastv", "none"])
+def test_show_draws_the_whole_and_the_tiles(name, model):
+    sheet = kept_over_depth(model, picture(3, (90, 30)), "What?", side=120, **options_of(name))
+    assert sheet.height > 2 * 40
