@@ -18,8 +18,9 @@ from jaxprune.engine.sampling import Ask
 from jaxprune.engine.session import begin
 from jaxprune.generate import plan_of
 from jaxprune.inputs.request import make_request
-from jaxprune.models import internvl, llava, llava_next
+from jaxprune.models import internvl, llava, llava_hr, llava_next
 from jaxprune.models.clip import ClipVisionConfig
+from jaxprune.models.convnext import ConvNextConfig
 from jaxprune.models.family import Embedded
 from jaxprune.models.internvit import InternVitConfig
 from jaxprune.models.llama import LlamaConfig
@@ -73,6 +74,24 @@ def tiny_internvl_config(*, vision=None, text=None, **fields):
         vision_config=dataclasses.replace(vision_config, **(vision or {})),
         text_config=tiny_config(text=text).text_config,
         **{"image_token_index": 4, "max_tiles": 4, **fields},
+    )
+
+
+def tiny_hr_config(*, text=None, **fields):
+    """A LLaVA-HR of 16 visual tokens."""
+    vision_config = ClipVisionConfig(
+        hidden_size=64,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=1,
+        image_size=252,
+        patch_size=84,
+    )
+    return llava_hr.LlavaHrConfig(
+        vision_config=vision_config,
+        slow_config=ConvNextConfig(depths=(1, 1, 1, 1), widths=(8, 12, 16, 24)),
+        text_config=tiny_config(text=text).text_config,
+        **{"image_size": 128, "fast_name": "tiny", "slow_name": "tiny", **fields},
     )
 
 

@@ -16,6 +16,7 @@ SIZES = [(60, 60), (90, 30), (30, 100), (33, 31), (7, 120), (500, 400)]  # width
 FAMILIES = {
     "llava": builders.tiny_config,
     "llava_next": builders.tiny_next_config,
+    "llava_hr": builders.tiny_hr_config,
     "internvl": builders.tiny_internvl_config,
 }
 METHODS = {

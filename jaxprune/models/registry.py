@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxprune.errors import UserError
-from jaxprune.models import internvl, llava, llava_next
+from jaxprune.models import internvl, llava, llava_hr, llava_next
 from jaxprune.models.family import Family, ModelConfig
 from jaxprune.models.weights import KeyTable
 from jaxprune.ops.cuts import Depth
@@ -17,6 +17,7 @@ FAMILIES: Mapping[str, Family] = {
     for family in (
         llava.FAMILY,
         llava_next.FAMILY,
+        llava_hr.FAMILY,
         internvl.FAMILY,
     )
 }

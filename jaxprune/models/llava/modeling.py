@@ -21,22 +21,36 @@ from jaxprune.ops.visual import PROJECTED, Signal, VisionOutput
 class Projector(nn.Module):
     """Two linear layers from the tower's width to the decoder's."""
 
-    config: LlavaConfig
+    width: int
+    dtype: str
+    act: str = "gelu"
+    bias: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "*any C"]) -> Float[Array, "*any D"]:
-        c = self.config
-
         def dense(name: str) -> nn.Dense:
-            return nn.Dense(
-                c.text_config.hidden_size,
-                use_bias=c.multimodal_projector_bias,
-                dtype=c.dtype,
-                param_dtype=c.dtype,
-                name=name,
-            )
+            own: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.dtype}
+            return nn.Dense(self.width, use_bias=self.bias, name=name, **own)
 
-        return dense("linear_2")(ACTIVATIONS[c.projector_hidden_act](dense("linear_1")(x)))
+        return dense("linear_2")(ACTIVATIONS[self.act](dense("linear_1")(x)))
+
+
+def project_with(
+    projector: Projector, params: Arrays, features: Float[Array, "*any C"]
+) -> Float[Array, "*any D"]:
+    """Features through a model's projector."""
+    projected: Any = projector.apply({"params": params["multi_modal_projector"]}, features)
+    array: Array = projected
+    return array
+
+
+def _projector(config: LlavaConfig) -> Projector:
+    return Projector(
+        config.text_config.hidden_size,
+        config.dtype,
+        config.projector_hidden_act,
+        config.multimodal_projector_bias,
+    )
 
 
 class LlavaStages(DecoderStages):
@@ -64,10 +78,7 @@ class LlavaStages(DecoderStages):
         self, params: Arrays, config: LlavaConfig, features: Float[Array, "*any C"]
     ) -> Float[Array, "*any D"]:
         """Features -> the decoder's width."""
-        projector = {"params": params["multi_modal_projector"]}
-        visual: Any = Projector(config).apply(projector, features)
-        projected: Array = visual
-        return projected
+        return project_with(_projector(config), params, features)
 
     def init_params(self, config: LlavaConfig, key: Array) -> Arrays:
         """Random parameters, for training from scratch and for tests."""
@@ -77,7 +88,7 @@ class LlavaStages(DecoderStages):
         tower, pixels = ClipVisionTower(config.vision_config), jnp.zeros((1, size, size, 3))
         return {
             "vision_tower": tower.init(vision, pixels)["params"],
-            "multi_modal_projector": Projector(config).init(projector, jnp.zeros((1, width)))[
+            "multi_modal_projector": _projector(config).init(projector, jnp.zeros((1, width)))[
                 "params"
             ],
             "language_model": init_decoder(config, text),

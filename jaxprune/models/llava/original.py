@@ -28,7 +28,7 @@ def has_tiles(fields: Mapping[str, Any]) -> bool:
 
 # Settings of the original code base that say how it was trained, or choose among code
 # paths that all give LLaVA-1.5's forward pass.
-_INERT = {
+INERT = {
     "freeze_mm_mlp_adapter",
     "freeze_mm_vision_resampler",
     "image_aspect_ratio",
@@ -85,7 +85,7 @@ def original_arguments(files: ModelFiles) -> dict[str, Any]:
         vision = ClipVisionConfig.from_hf(tower_fields, dtype=dtype)
     handled = {"mm_projector_type", "mm_vision_select_layer", "mm_vision_select_feature"}
     handled |= {"mm_use_im_start_end"}
-    text = {k: v for k, v in fields.items() if k not in handled | _INERT}
+    text = {k: v for k, v in fields.items() if k not in handled | INERT}
     text["model_type"] = "mistral" if "mistral" in kind else "llama"
     select = {"patch": "default", "cls_patch": "full"}
     feature = fields.get("mm_vision_select_feature", "patch")

@@ -80,26 +80,42 @@ class VisionTransformer(nn.Module):
         return VisionOutput(features, whole[:, 0] if keep_cls else None, found)
 
     def _signal(self, states: list[Array], signal: Signal) -> Array:
-        x = states[_state_of(signal, self.config.num_hidden_layers)]
+        c = self.config
+        x = states[_state_of(signal, c.num_hidden_layers)]
         if signal.kind == "hidden_states":
             return self.as_tokens(x[:, 1:])
-        heads = self.config.num_attention_heads
-        everybody = signal.kind == "received_attention"
-        q, k = self.blocks()[signal.layer].queries_and_keys(x, everybody=everybody)
-        if everybody:
-            return self._of_tokens(received_attention(q, k, num_heads=heads))
-        if signal.kind == "cls_attention":
-            return self._of_tokens(
-                cls_attention(q, k, num_heads=heads if signal.heads == "mean" else 1)
-            )
-        keys = k[:, 1:]
-        if signal.heads != "joined":
-            keys = keys.reshape(*keys.shape[:2], heads, -1).astype(jnp.float32).mean(axis=2)
-        return self.as_tokens(keys)
+        found = signal_of_layer(
+            self.blocks()[signal.layer], x, signal, num_heads=c.num_attention_heads
+        )
+        return self.as_tokens(found) if signal.kind == "keys" else self._of_tokens(found)
 
     def _of_tokens(self, attention: Float[Array, "F P"]) -> Float[Array, "F N"]:
         """Attention to patches, as attention to the visual tokens that they make up."""
         return self.as_tokens(attention[..., None]).sum(axis=-1)
+
+
+def signal_of_layer(
+    layer: Layer, x: Float[Array, "F S C"], signal: Signal, *, num_heads: int, cls: bool = True
+) -> Float[Array, "F P"] | Float[Array, "F P c"]:
+    """Attention to the patches, or their keys, in a layer.
+
+    Args:
+        layer: the layer.
+        x: its input.
+        signal: which of both, and over which heads.
+        num_heads: the layer's.
+        cls: whether a CLS token stands in front of the patches.
+    """
+    everybody = signal.kind == "received_attention"
+    q, k = layer.queries_and_keys(x, everybody=everybody)
+    if everybody:
+        return received_attention(q, k, num_heads=num_heads)[:, cls:]
+    if signal.kind == "cls_attention":
+        return cls_attention(q, k, num_heads=num_heads if signal.heads == "mean" else 1)
+    keys = k[:, cls:]
+    if signal.heads == "joined":
+        return keys
+    return keys.reshape(*keys.shape[:2], num_heads, -1).astype(jnp.float32).mean(axis=2)
 
 
 def _state_of(signal: Signal, layers: int) -> int:
@@ -147,8 +163,8 @@ def cls_attention(
 
 def received_attention(
     queries: Float[Array, "F S C"], keys: Float[Array, "F S C"], *, num_heads: int
-) -> Float[Array, "F P"]:
-    """Attention that each patch receives: the mean over heads and all queries, CLS's included."""
+) -> Float[Array, "F S"]:
+    """Attention that each token receives: the mean over heads and all queries, CLS's included."""
 
     # Tile by tile: the weights of all of them at once would be a square matrix each.
     def tile(part: tuple[Array, Array]) -> Array:
@@ -156,7 +172,7 @@ def received_attention(
         return mean_attention(q[None], k[None], num_heads)[0].mean(axis=0)
 
     received: Array = jax.lax.map(tile, (queries, keys))
-    return received[:, 1:]
+    return received
 
 
 def mean_attention(
