@@ -10,6 +10,7 @@ from jaxprune.errors import UserError
 from jaxprune.generate import encode, generate, generate_many, stream
 from jaxprune.inputs.images import fetch_image
 from jaxprune.inputs.processor import Processor
+from jaxprune.inputs.videos import Video
 from jaxprune.methods import (
     METHODS,
     VTW,
@@ -60,6 +61,7 @@ __all__ = [
     "Signal",
     "UniformPlaces",
     "UserError",
+    "Video",
     "VisionMethod",
     "WarmUp",
     "__version__",

@@ -22,9 +22,10 @@ from jaxprune.engine.engine import Clock, Engine
 from jaxprune.engine.sampling import Ask, one_seed
 from jaxprune.engine.session import begin
 from jaxprune.errors import LARGEST, UserError, check_flag, check_whole, is_whole
-from jaxprune.inputs.images import EncodedImage, picture_of
+from jaxprune.inputs.images import EncodedImage
 from jaxprune.inputs.processor import Processor
 from jaxprune.inputs.request import Request, make_request
+from jaxprune.inputs.videos import Video, visual_of
 from jaxprune.methods.base import Plan
 from jaxprune.methods.resolve import draws_at_random, resolve
 from jaxprune.model import Params, complete
@@ -32,7 +33,7 @@ from jaxprune.models.family import ModelConfig
 from jaxprune.models.registry import depth_of
 
 Arrays = Params | Mapping[str, Any]
-OneImage = str | pathlib.Path | bytes | Image.Image | np.ndarray | EncodedImage | None
+OneImage = str | pathlib.Path | bytes | Image.Image | np.ndarray | EncodedImage | Video | None
 OnePrompt = str | list[dict[str, Any]]
 """A question, or a conversation as messages of "role" and "content"."""
 ManyImages = list[Any] | tuple[Any, ...]
@@ -229,7 +230,8 @@ def encode(
     model = complete(params, config, processor)
     engine = Engine(model, plan_of(method, model.config, 0, method_options), buckets)
     several = list(images) if isinstance(images, list | tuple) else [images]
-    found = [engine.encode_alone(picture_of(image), Clock()) for image in several]
+    seen = [visual_of(image, engine.processor.videos) for image in several]
+    found = [engine.encode_alone(image, Clock()) for image in seen]
     return found if isinstance(images, list | tuple) else found[0]
 
 

@@ -18,7 +18,7 @@ from jaxprune.engine.sampling import Ask
 from jaxprune.engine.session import begin
 from jaxprune.generate import plan_of
 from jaxprune.inputs.request import make_request
-from jaxprune.models import internvl, llava, llava_hr, llava_next
+from jaxprune.models import internvl, llava, llava_hr, llava_next, video_llava
 from jaxprune.models.clip import ClipVisionConfig
 from jaxprune.models.convnext import ConvNextConfig
 from jaxprune.models.family import Embedded
@@ -93,6 +93,18 @@ def tiny_hr_config(*, text=None, **fields):
         text_config=tiny_config(text=text).text_config,
         **{"image_size": 128, "fast_name": "tiny", "slow_name": "tiny", **fields},
     )
+
+
+def tiny_video_config(*, temporal=False, text=None, **fields):
+    """A Video-LLaVA of 16 visual tokens an image and 8 times 17 a video."""
+    plain = tiny_config(text={"max_position_embeddings": 1024, **(text or {})}, **fields)
+    own = {field.name: getattr(plain, field.name) for field in dataclasses.fields(plain)}
+    if temporal:  # the publisher's, whose sizes are read from tensors: 64 channels a head
+        own["image_token_index"] = own["video_token_index"] = -200
+        own["vision_config"] = dataclasses.replace(
+            plain.vision_config, hidden_size=64, num_attention_heads=1, hidden_act="gelu"
+        )
+    return video_llava.VideoLlavaConfig(**own, temporal_attention=temporal)
 
 
 def random_params(config, seed=0):

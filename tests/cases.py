@@ -34,7 +34,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 FEW = jaxprune.Buckets(
-    batch=(1, 8), images=(1, 8), image_tiles=(5,), row_images=(1, 4), visual=(96, 512),
+    batch=(1, 8), images=(1, 8), image_tiles=(8,), row_images=(1, 4), visual=(96, 512),
     text=(64, 256), new_tokens=(16, 128),
 )  # fmt: skip
 """Few sizes, so that tests of the same models share programs."""

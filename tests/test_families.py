@@ -17,6 +17,7 @@ FAMILIES = {
     "llava": builders.tiny_config,
     "llava_next": builders.tiny_next_config,
     "llava_hr": builders.tiny_hr_config,
+    "video_llava": lambda: builders.tiny_video_config(temporal=True),
     "internvl": builders.tiny_internvl_config,
 }
 METHODS = {
@@ -43,9 +44,14 @@ def random_sizes(name, number):
     return [(max(8, int(width)), max(8, int(height))) for width, height in sides]
 
 
-def picture(seed, size):
-    """Noise of so many pixels, width first."""
-    return cases.picture(seed, size[::-1])
+def pictures_of(model, sizes, first=0):
+    """Noise of such sizes, width first; every other one a video where those are seen as one."""
+    found = [cases.picture(first + i, size[::-1]) for i, size in enumerate(sizes)]
+    if model.processor.videos is None or model.processor.videos.text is not None:
+        return found
+    frames = [[cases.picture(100 * i + j, size[::-1]) for j in range(8)]
+              for i, size in enumerate(sizes)]  # fmt: skip
+    return [x if i % 2 else jaxprune.Video(frames[i]) for i, x in enumerate(found)]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -57,7 +63,7 @@ def model(request, tmp_path_factory):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_row_is_the_same_alone_and_in_a_batch(name, model):
-    images = [picture(i, size) for i, size in enumerate([SIZES[4], *random_sizes(name, 4)])]
+    images = pictures_of(model, [SIZES[4], *random_sizes(name, 4)])
     prompts = ["What?", "Where is the red circle, and why?", "a b c", "Is there a star?", "Hm"]
     options = {"buckets": FEW, **options_of(name)}
     batch = start(model, images, prompts, **options)
@@ -69,7 +75,7 @@ def test_a_row_is_the_same_alone_and_in_a_batch(name, model):
 @pytest.mark.parametrize("which", [0, 1])
 @pytest.mark.parametrize("name", ["random", "uniform", "fitprune", "gsearch"])
 def test_keeping_everything_is_no_pruning(name, which, model):
-    image = picture(1, random_sizes(f"{name} everything", 2)[which])
+    image = pictures_of(model, random_sizes(f"{name} everything", 2))[which]
     plain = start(model, image, "What is it?", buckets=FEW)
     number = sum(tiling.num_patches for tiling in plain.tilings)
     everything = {
@@ -85,7 +91,7 @@ def test_keeping_everything_is_no_pruning(name, which, model):
 
 @pytest.mark.parametrize("name", ["fitprune", "prumerge"])
 def test_a_stream_joins_to_the_answer(name, model):
-    image = picture(2, (90, 40))
+    (image,) = pictures_of(model, [(90, 40)])
     details = jaxprune.generate(
         model, image, "What is it?", max_new_tokens=6, return_details=True, **options_of(name)
     )
@@ -97,7 +103,7 @@ def test_a_stream_joins_to_the_answer(name, model):
 
 @pytest.mark.parametrize("name", ["fitprune", "pair"])
 def test_gather_equals_mask(name, model):
-    images = [picture(i, size) for i, size in enumerate(random_sizes(f"{name} gather", 4))]
+    images = pictures_of(model, random_sizes(f"{name} gather", 4))
     gather, mask = (
         start(model, images, ["What, please?"] * 4, gather=how, buckets=FEW, **options_of(name))
         for how in (True, False)
@@ -108,5 +114,7 @@ def test_gather_equals_mask(name, model):
 
 @pytest.mark.parametrize("name", ["prumerge", "fastv", "none"])
 def test_show_draws_the_whole_and_the_tiles(name, model):
-    sheet = kept_over_depth(model, picture(3, (90, 30)), "What?", side=120, **options_of(name))
+    sheet = kept_over_depth(
+        model, cases.picture(3, (30, 90)), "What?", side=120, **options_of(name)
+    )
     assert sheet.height > 2 * 40

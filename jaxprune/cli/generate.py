@@ -38,6 +38,10 @@ def generate(
         list[pathlib.Path] | None,
         typer.Option(help="An image file; repeat it for several images in one prompt."),
     ] = None,
+    video: Annotated[
+        list[pathlib.Path] | None,
+        typer.Option(help="A video: a folder of frames, an animated image or a video file."),
+    ] = None,
     images: Annotated[
         pathlib.Path | None, typer.Option(help="A folder: the prompt is asked about each image.")
     ] = None,
@@ -81,10 +85,11 @@ def generate(
     }
     check_names(**pruning)
     asked |= {"seed": seed, "chat": not raw, "return_details": True, **pruning}
-    requests = _requests(prompt, image, images, data, out)
+    requests = _requests(prompt, [*(video or []), *(image or [])], images, data, out)
     if requests is None:
         assert prompt is not None
-        pictures = [[picture_of(path) for path in image]] if image else None
+        own: list[Any] = [*map(jaxprune.Video, video or []), *map(picture_of, image or [])]
+        pictures = [own] if own else None
         params = jaxprune.load(model, dtype=dtype, vision_tower=vision_tower, download=download)
         (answer,) = jaxprune.generate(params, pictures, [prompt], **asked)
         print(json.dumps({"method": method, **answer.as_dict()}) if as_json else answer.text)
@@ -121,7 +126,11 @@ def _requests(
     out: pathlib.Path | None,
 ) -> list[dict[str, Any]] | None:
     """The requests of a folder or a file; None where there is one, given by its options."""
-    ways = [name for name, x in (("--image", image), ("--images", images), ("--data", data)) if x]
+    ways = [
+        name
+        for name, x in (("--image or --video", image), ("--images", images), ("--data", data))
+        if x
+    ]
     if len(ways) > 1:
         raise UserError(f"{' and '.join(ways)} came together; expected one of them.")
     if prompt is None and data is None:

@@ -22,7 +22,6 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from jaxtyping import Array, Float
-from PIL import Image
 
 from jaxprune.devices.compilation import covered
 from jaxprune.devices.memory import free_bytes, told_if_exhausted
@@ -47,6 +46,7 @@ from jaxprune.inputs.layout import (
 )
 from jaxprune.inputs.pixels import pixel_values, size_of
 from jaxprune.inputs.request import Row
+from jaxprune.inputs.videos import Visual
 from jaxprune.methods.base import Plan
 from jaxprune.model import Params
 from jaxprune.models.family import Embedded
@@ -236,15 +236,19 @@ class Engine:
         pixels, packing = self.padded(pixels, tilings, shape, tiles=tiles)
         pixels, packing = spread((pixels, packing), self.mesh)
         with on_mesh(self.mesh), clock.stage("encode", **shape._asdict()):
-            vision = stages.encode(self.arrays, pixels, config=self.config, signals=self.signals)
+            vision = stages.encode(
+                self.arrays, pixels, packing.frames, config=self.config, signals=self.signals
+            )
             return Encoded(clock.wait(vision), packing, shape, tilings)
 
-    def encode_alone(self, image: Image.Image, clock: Clock) -> EncodedImage:
+    def encode_alone(self, image: Visual, clock: Clock) -> EncodedImage:
         """An image through the tower, to be asked about later."""
-        tiling = self.config.tiling(size_of(image))
+        size = size_of(image)
+        tiling = self.config.tiling(size)
         pixels = pixel_values(self.processor, [image], self.config)
         encoded = self.encode(pixels, [tiling], self.shapes.of_images(1, tiling.tiles), clock)
-        return EncodedImage(image.height, image.width, self._some_weights, encoded.vision)
+        weights = self._some_weights
+        return EncodedImage(image.height, image.width, weights, encoded.vision, size.frames)
 
     @property
     def _some_weights(self) -> Array:
@@ -254,7 +258,7 @@ class Engine:
 
     def together(
         self,
-        images: Sequence[Image.Image | EncodedImage],
+        images: Sequence[Visual],
         tilings: Sequence[Tiling],
         shape: ImageShape,
         clock: Clock,

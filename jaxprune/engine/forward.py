@@ -189,11 +189,12 @@ def forward(params: Params | Mapping[str, Any], batch: Batch) -> Forward:
     if batch.pixel_values is not None:
         method = batch.method
         signals = frozenset() if method is None else method.signals
-        vision = family.encode(arrays, config, jnp.asarray(batch.pixel_values), signals)
+        assert batch.packing is not None
+        pixels, frames = jnp.asarray(batch.pixel_values), batch.packing.frames
+        vision = family.encode(arrays, config, pixels, signals, frames)
         asked = None
         if batch.questions is not None:
             asked = stages.embed_questions(arrays, batch.questions, config=config)
-        assert batch.packing is not None
         selection = stages.select(
             vision, batch.packing, asked, method, capacity=batch.capacity, images=batch.images
         )

@@ -119,7 +119,7 @@ class Shapes:
 
     def every_image(self) -> list[ImageShape]:
         """All that `of_images` can give."""
-        fewest = 1 if self.config.one_tile else 2
+        fewest = self.config.fewest_tiles
         most = min(self.config.most_tiles, self.buckets.image_tiles[-1])
         tiles = sorted({self.buckets.fit("image_tiles", n) for n in range(fewest, most + 1)})
         return [self.of_images(n, t) for n in self.buckets.images for t in tiles]
@@ -129,9 +129,7 @@ class Shapes:
         fixed = self.fixed_capacity(shape)
         if fixed is not None:
             return {fixed: fixed}
-        # Without pruning an image of several tiles has more than those of its whole.
-        tiled = self.method is None and not self.config.one_tile
-        least = self.config.tower.tokens_per_tile + 1 if tiled else 1
+        least = self.config.fewest_tokens if self.method is None else 1
         most = min(self.most_left(shape), self.buckets.visual[-1])
         numbers = range(most, least - 1, -1)
         return {self.of_selection(shape, n): n for n in numbers}

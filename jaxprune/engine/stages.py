@@ -36,6 +36,7 @@ from jaxprune.ops.tiles import (
     CLS,
     NO_EXTRA,
     Chosen,
+    Frames,
     LinedUp,
     Packing,
     Questions,
@@ -90,12 +91,13 @@ class Read(NamedTuple):
 def encode(
     params: Arrays,
     pixels: Float[Array, "F H W 3"],
+    frames: Frames,
     *,
     config: ModelConfig,
     signals: frozenset[Signal],
 ) -> VisionOutput:
     """Pixels of tiles -> features and the signals asked for."""
-    return family_of(config).encode(params, config, pixels, signals)
+    return family_of(config).encode(params, config, pixels, signals, frames)
 
 
 @jax.jit

@@ -33,6 +33,7 @@ class EncodedImage:
 
     Attributes:
         height, width: its pixels.
+        frames: of a video that is seen as one; 1 for an image.
         tower: parameters of the model's, by which it is known.
         vision: what the tower gives for its tiles, and for others that pad them.
     """
@@ -41,6 +42,7 @@ class EncodedImage:
     width: int
     tower: Any
     vision: VisionOutput
+    frames: int = 1
 
 
 def load_image(image: Any) -> Image.Image | EncodedImage:

@@ -8,17 +8,20 @@ from jaxtyping import Float
 from PIL import Image
 
 from jaxprune.errors import UserError, first_line, is_whole
-from jaxprune.inputs.images import EncodedImage, crop_strip, picture_of
+from jaxprune.inputs.images import crop_strip, picture_of
 from jaxprune.inputs.processor import Processor
+from jaxprune.inputs.videos import Clip, Frame, Visual
 from jaxprune.models.family import ModelConfig
 from jaxprune.ops.tiles import VisualSize
 
 MOST_ENLARGED = 16  # sides of a tile that an image may be resized to before it is cropped
 
 
-def size_of(image: Image.Image | EncodedImage) -> VisualSize:
+def size_of(image: Visual) -> VisualSize:
     """The pixels of an image, as a config's `tiling` asks for them."""
-    return VisualSize(image.height, image.width)
+    frames = len(image.frames) if isinstance(image, Clip) else getattr(image, "frames", 1)
+    most = 1 if isinstance(image, Frame) else None
+    return VisualSize(image.height, image.width, frames, most)
 
 
 def _whole_numbers(fields: Any) -> Iterator[int]:
@@ -33,11 +36,12 @@ def _whole_numbers(fields: Any) -> Iterator[int]:
 
 
 def pixel_values(
-    processor: Processor, images: Sequence[Image.Image | EncodedImage], config: ModelConfig
+    processor: Processor, images: Sequence[Visual], config: ModelConfig
 ) -> Float[np.ndarray, "F H W 3"]:
     """RGB images -> normalised pixels of all their tiles, float32.
 
-    The tiles of an image stand next to each other; `config.tiling` says how many there are.
+    The tiles of an image stand next to each other; `config.tiling` says how many there are. The
+    frames of a video that is seen as one are its tiles.
 
     Raises:
         UserError: when the processor's tiles are not what the vision tower takes.
@@ -50,36 +54,61 @@ def pixel_values(
             f"{size}; it is of another model."
         )
     tiles: list[np.ndarray] = []
-    for image in map(picture_of, images):
-        tiling = config.tiling(size_of(image))
-        cropped = tiling.tiles == 1 and getattr(processor.image_processor, "do_center_crop", False)
-        array = np.asarray(crop_strip(image) if cropped else image)
-        try:
-            with np.errstate(all="ignore"):  # what is not finite is told below
-                made = processor.image_processor(
-                    array, input_data_format="channels_last", **processor.image_arguments
-                )
-            found = np.asarray(made["pixel_values"], np.float32)
-            found = np.moveaxis(found.reshape(-1, *found.shape[-3:]), 1, -1)
-        except Exception as error:  # whatever transformers makes of odd settings
-            raise UserError(
-                f"The image processor fails ({first_line(error)}); check {processor.image_file}."
-            ) from None
-        if found.shape[1:] != (size, size, 3):
-            raise UserError(
-                f"The image processor gives {found.shape[1]} x {found.shape[2]} pixels, but the "
-                f"vision tower takes {size} x {size}; {processor.image_file} is of another model."
-            )
+    for image in images:
+        visual, each = size_of(image), _pictures(image)
+        tiling = config.tiling(visual)
+        squares = tiling.tiles == len(each)
+        found = np.concatenate(
+            [_tiles(processor, picture, visual, size, squares=squares) for picture in each]
+        )
         if len(found) != tiling.tiles:
             raise UserError(
                 f"The image processor cuts an image of {image.width} x {image.height} pixels into "
                 f"{len(found)} tiles, but the model expects {tiling.tiles}; config.json and "
                 f"{processor.image_file} say different things of tiles (image_grid_pinpoints)."
             )
-        if not np.isfinite(found).all():
-            raise UserError(
-                "The image processor gives pixels that are not finite; check image_std in "
-                f"{processor.image_file}."
-            )
         tiles.append(found)
     return np.concatenate(tiles)
+
+
+def _pictures(image: Visual) -> Sequence[Image.Image]:
+    """What the image processor is given one by one."""
+    if isinstance(image, Clip):
+        return image.frames
+    return [image.picture if isinstance(image, Frame) else picture_of(image)]
+
+
+def _tiles(
+    processor: Processor, image: Image.Image, visual: VisualSize, size: int, *, squares: bool
+) -> Float[np.ndarray, "F H W 3"]:
+    """The tiles of an image or of a frame, of `size` x `size` pixels each.
+
+    Args:
+        squares: each picture is one tile.
+    """
+    if squares and getattr(processor.image_processor, "do_center_crop", False):
+        image = crop_strip(image)
+    try:
+        with np.errstate(all="ignore"):  # what is not finite is told below
+            made = processor.image_processor(
+                np.asarray(image),
+                input_data_format="channels_last",
+                **processor.image_arguments(visual),
+            )
+        found = np.asarray(made["pixel_values"], np.float32)
+        found = np.moveaxis(found.reshape(-1, *found.shape[-3:]), 1, -1)
+    except Exception as error:  # whatever transformers makes of odd settings
+        raise UserError(
+            f"The image processor fails ({first_line(error)}); check {processor.image_file}."
+        ) from None
+    if found.shape[1:] != (size, size, 3):
+        raise UserError(
+            f"The image processor gives {found.shape[1]} x {found.shape[2]} pixels, but the "
+            f"vision tower takes {size} x {size}; {processor.image_file} is of another model."
+        )
+    if not np.isfinite(found).all():
+        raise UserError(
+            "The image processor gives pixels that are not finite; check image_std in "
+            f"{processor.image_file}."
+        )
+    return found

@@ -6,14 +6,21 @@ import functools
 import os
 import pathlib
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxprune.errors import LARGEST, UserError, UserNote, first_line, is_whole
 from jaxprune.files import read_json
 from jaxprune.inputs.template import ChatTemplate
-from jaxprune.models.family import IMAGE_PLACEHOLDER, Family, ModelConfig, is_original
+from jaxprune.models.family import (
+    IMAGE_PLACEHOLDER,
+    Family,
+    ModelConfig,
+    VideoForm,
+    is_original,
+)
 from jaxprune.models.registry import family_of
+from jaxprune.ops.tiles import VisualSize
 
 SHIPPED = pathlib.Path(__file__).parents[1] / "assets" / "small_llava"
 """The model that comes with this library, whose template is its own."""
@@ -31,7 +38,10 @@ class Processor:
         directory: where it came from; export copies its files.
         around_images: text in front of each image's tokens and after them.
         image_token: what the chat template writes for an image.
-        image_arguments: what the image processor is told beside its own settings.
+        video_token: what it writes for a video.
+        image_arguments: what the image processor is told of an image of some size beside its own
+            settings.
+        videos: how videos are seen, if they are.
         defaults: what the directory says of how to generate, by the names of `Ask`.
     """
 
@@ -42,7 +52,9 @@ class Processor:
     directory: pathlib.Path | None = None
     around_images: tuple[str, str] = ("", "")
     image_token: str = IMAGE_PLACEHOLDER
-    image_arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    video_token: str = IMAGE_PLACEHOLDER
+    image_arguments: Callable[[VisualSize], dict[str, Any]] = lambda size: {}
+    videos: VideoForm | None = None
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def ids_of(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
@@ -144,7 +156,9 @@ def load_processor(directory: pathlib.Path, config: ModelConfig) -> Processor:
         directory=directory,
         around_images=family.prompts.around_images,
         image_token=family.prompts.image_token,
-        image_arguments=family.image_arguments(config),
+        video_token=family.prompts.video_token,
+        image_arguments=functools.partial(family.image_arguments, config),
+        videos=family.videos,
         defaults=_generation_defaults(directory),
     )
 

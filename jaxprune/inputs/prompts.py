@@ -12,7 +12,8 @@ from typing import Any
 
 from jaxprune.errors import UserError
 from jaxprune.inputs.processor import Processor
-from jaxprune.models.family import IMAGE_PLACEHOLDER
+from jaxprune.inputs.videos import Video
+from jaxprune.models.family import IMAGE_PLACEHOLDER, VideoForm
 
 Message = Mapping[str, Any]
 
@@ -22,7 +23,10 @@ ESCAPED = "\\" + IMAGE_PLACEHOLDER
 ZERO_WIDTH = "\u200b"
 
 _ROLES = ("system", "user", "assistant")
-_SOURCES = ("image", "path", "url", "base64", "image_url")  # a part's key for its own image
+_SOURCES = ("image", "video", "path", "url", "base64", "image_url")  # a part's key for its own
+VIDEO_PLACEHOLDER = "<video>"
+"""What users may write instead of "<image>" where a video stands."""
+_PLACES = re.compile(f"{re.escape(IMAGE_PLACEHOLDER)}|{re.escape(VIDEO_PLACEHOLDER)}")
 _SLOT = re.compile(f"{re.escape(IMAGE_PLACEHOLDER)}|{AS_TEXT}")
 
 
@@ -99,7 +103,7 @@ def _parts(message: Message) -> list[Any]:
 
 
 def _is_image(part: Any) -> bool:
-    return isinstance(part, Mapping) and part.get("type") in ("image", "image_url")
+    return isinstance(part, Mapping) and part.get("type") in ("image", "image_url", "video")
 
 
 def _escaped(text: str, *, text_only: bool) -> str:
@@ -158,14 +162,102 @@ def _without(part: Message, names: Sequence[str]) -> dict[str, Any]:
 
 
 def source(part: Message) -> Any:
-    """The image that a part brings, as `load_image` takes it; None for one that brings none."""
+    """The image that a part brings, as `load_image` takes it, or a video; None: it brings none."""
     for name in _SOURCES:
         value = part.get(name)
         if isinstance(value, Mapping):  # OpenAI's {"url": ..., "detail": ...}
             value = value.get("url")
+        if value is not None and part.get("type") == "video":
+            return value if isinstance(value, Video) else Video(value)
         if value is not None:
             return f"data:;base64,{value}" if name == "base64" else value
     return None
+
+
+def _videos(images: Any) -> bool:
+    """Whether there is a video among images, however they are nested."""
+    if isinstance(images, list | tuple):
+        return any(map(_videos, images))
+    return isinstance(images, Video)
+
+
+def with_image_places(prompt: Any, images: Any) -> Any:
+    """Prompts whose places for videos are written as those for images, if there are videos.
+
+    Raises:
+        UserError: where a video stands in the place of an image, or the other way round.
+    """
+    if not _videos(images):
+        return prompt
+    if isinstance(prompt, str):
+        places = _PLACES.findall(prompt)
+        if VIDEO_PLACEHOLDER in places and isinstance(images, list | tuple):
+            flat = images[0] if len(images) == 1 and isinstance(images[0], list) else images
+            kinds = [VIDEO_PLACEHOLDER if _videos(x) else IMAGE_PLACEHOLDER for x in flat]
+            if len(kinds) == len(places) and kinds != places:
+                raise UserError(
+                    f"The prompt has places for {', '.join(places)}, but there came "
+                    f"{', '.join(kinds)}; bring them into one order."
+                )
+        return prompt.replace(VIDEO_PLACEHOLDER, IMAGE_PLACEHOLDER)
+    if isinstance(prompt, list | tuple):
+        nested = images if isinstance(images, list | tuple) and len(images) == len(prompt) else None
+        return [
+            with_image_places(one, images if nested is None else nested[i])
+            for i, one in enumerate(prompt)
+        ]
+    if isinstance(prompt, Mapping) and isinstance(prompt.get("content"), str):
+        content = prompt["content"].replace(VIDEO_PLACEHOLDER, IMAGE_PLACEHOLDER)
+        return {**prompt, "content": content}
+    return prompt
+
+
+def with_videos(
+    messages: Sequence[Message], images: Sequence[Any], form: VideoForm | None
+) -> list[Message]:
+    """Messages whose places for videos say so, or have a place for each of the frames.
+
+    Args:
+        messages, images: as `as_messages` gives them.
+        form: how the model sees videos.
+    """
+    if not _videos(images):
+        return list(messages)
+    rest = iter(images)
+    found: list[Message] = []
+    for message in messages:
+        parts: list[Any] = []
+        for part in message["content"]:
+            if not _is_image(part):
+                text = part["text"]
+                own = [next(rest) for _ in range(text.count(IMAGE_PLACEHOLDER))]
+                parts.append({**part, "text": with_videos_in_text(text, own, form)})
+                continue
+            item = next(rest)
+            if not isinstance(item, Video) or form is None:
+                parts.append(part)
+            elif form.text is None:
+                parts.append({**part, "type": "video"})
+            else:  # as text, for templates that put all image parts first
+                text = with_videos_in_text(IMAGE_PLACEHOLDER, [item], form)
+                parts.append({"type": "text", "text": text + "\n"})
+        found.append({**message, "content": parts})
+    return found
+
+
+def with_videos_in_text(text: str, images: Sequence[Any], form: VideoForm | None) -> str:
+    """A text with a place for each frame of the videos among its images, where those are seen."""
+    if form is None or form.text is None or not _videos(images):
+        return text
+    pieces = text.split(IMAGE_PLACEHOLDER)
+    whole = pieces[0]
+    for item, piece in zip(images, pieces[1:], strict=False):
+        place = IMAGE_PLACEHOLDER
+        if isinstance(item, Video):
+            numbers = range(1, len(item.clip(form).frames) + 1)
+            place = "\n".join(form.text.format(i=i) + IMAGE_PLACEHOLDER for i in numbers)
+        whole += place + piece
+    return whole
 
 
 def num_places(prompt: Any) -> int:
@@ -219,17 +311,36 @@ def render(processor: Processor, messages: Sequence[Message]) -> str:
         UserError: for what the template cannot render.
     """
     wanted = len(list(_places(messages)))
-    if processor.template.takes_parts:
-        text = processor.template.render(messages)
-    else:
-        text = processor.template.render([{**m, "content": _flat(m["content"])} for m in messages])
-    text = text.replace(processor.image_token, IMAGE_PLACEHOLDER)
+    text = _rendered(processor, messages)
+    if text.count(IMAGE_PLACEHOLDER) != wanted and _has_videos(messages):
+        text = _rendered(processor, _videos_as_images(messages))  # it may not know of videos
     if text.count(IMAGE_PLACEHOLDER) != wanted:
         raise UserError(
             f"The model's chat template makes {text.count(IMAGE_PLACEHOLDER)} places for "
             f"{wanted} image(s); pass the whole prompt yourself, with chat=False."
         )
     return text
+
+
+def _has_videos(messages: Sequence[Message]) -> bool:
+    return any(part.get("type") == "video" for m in messages for part in m["content"])
+
+
+def _videos_as_images(messages: Sequence[Message]) -> list[Message]:
+    def as_image(part: Message) -> Message:
+        return {**part, "type": "image"} if part.get("type") == "video" else part
+
+    return [{**m, "content": [as_image(part) for part in m["content"]]} for m in messages]
+
+
+def _rendered(processor: Processor, messages: Sequence[Message]) -> str:
+    """A conversation as its template writes it, places of images written one way."""
+    if processor.template.takes_parts:
+        text = processor.template.render(messages)
+    else:
+        text = processor.template.render([{**m, "content": _flat(m["content"])} for m in messages])
+    text = text.replace(processor.image_token, IMAGE_PLACEHOLDER)
+    return text.replace(processor.video_token, IMAGE_PLACEHOLDER) if _has_videos(messages) else text
 
 
 def _flat(parts: Sequence[Mapping[str, Any]]) -> str:

@@ -5,10 +5,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from jaxprune.errors import UserError, check_flag
-from jaxprune.inputs.images import EncodedImage, load_image
 from jaxprune.inputs.processor import Processor
 from jaxprune.inputs.prompts import (
     AS_TEXT,
@@ -18,7 +16,11 @@ from jaxprune.inputs.prompts import (
     question_of,
     render,
     tokenize,
+    with_image_places,
+    with_videos,
+    with_videos_in_text,
 )
+from jaxprune.inputs.videos import Visual, seen_as
 from jaxprune.models.family import IMAGE_PLACEHOLDER
 
 
@@ -50,7 +52,7 @@ class Request:
     """
 
     rows: list[Row]
-    images: list[Image.Image | EncodedImage]
+    images: list[Visual]
     single: bool
 
     @property
@@ -70,7 +72,7 @@ class Request:
     def with_own_images(self) -> "Request":
         """The same request, no image shared by two rows: for what is seen of it by the question."""
         rows: list[Row] = []
-        images: list[Image.Image | EncodedImage] = []
+        images: list[Visual] = []
         for row in self.rows:
             own = [len(images) + n for n in range(len(row.images))]
             images += [self.images[image] for image in row.images]
@@ -105,10 +107,10 @@ def make_request(
     if neutralise and not chat:
         raise UserError("neutralise is for what is said in a chat; chat=False takes all as it is.")
     broken = processor.special_tokens if neutralise else ()
-    prompts, image_lists, single = _pair(image, prompt)
-    distinct: dict[int, int] = {}  # the same object in several rows is encoded once
+    prompts, image_lists, single = _pair(image, with_image_places(prompt, image))
+    distinct: dict[int, list[int]] = {}  # the same object in several rows is encoded once
     alive: list[Any] = []  # so that no two of them have one id
-    loaded: list[Image.Image | EncodedImage] = []
+    loaded: list[Visual] = []
     rows = []
     if answers is not None and not (
         isinstance(answers, list | tuple) and all(isinstance(text, str) for text in answers)
@@ -120,17 +122,20 @@ def make_request(
         asked = question_of(text)
         if chat:
             messages, row_images = as_messages(text, row_images, special_tokens=broken)
+            messages = with_videos(messages, row_images, processor.videos)
             text = render(processor, messages)
         else:
-            text = as_it_stands(text)
+            text = with_videos_in_text(as_it_stands(text), row_images, processor.videos)
+        own: list[int] = []
         for item in row_images:
             if id(item) not in distinct:
-                distinct[id(item)] = len(loaded)
+                seen = seen_as(item, processor.videos)
+                distinct[id(item)] = [len(loaded) + n for n in range(len(seen))]
                 alive.append(item)
-                loaded.append(load_image(item))
-        pieces = tokenize(processor, text, len(row_images))
+                loaded += seen
+            own += distinct[id(item)]
+        pieces = tokenize(processor, text, len(own))
         said = () if answers is None else _answer_ids(processor, text, answers[i], pieces)
-        own = [distinct[id(item)] for item in row_images]
         rows.append(Row(pieces, own, said, processor.ids_of(asked)))
     return Request(rows, loaded, single)
 

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxprune.models.weights import KeyTable, Shape
 from jaxprune.ops.axes import AnyArray
 from jaxprune.ops.cuts import NO_CUTS, Schedule, Tokens
-from jaxprune.ops.tiles import Tiling, VisualSize
+from jaxprune.ops.tiles import Frames, Tiling, VisualSize
 from jaxprune.ops.visual import Selection, Signal, VisionOutput
 
 Arrays = dict[str, Any]
@@ -66,6 +66,9 @@ class TowerSizes(Protocol):
     def grid(self) -> tuple[int, int]:
         """Rows and columns of a tile's visual tokens."""
 
+    def instead(self, signal: Signal) -> Signal:
+        """What the tower gives for a signal: that itself, or what stands in for it."""
+
     def check(self, signals: frozenset[Signal]) -> None:
         """Raise `UserError` unless the tower can give these signals."""
 
@@ -101,6 +104,14 @@ class ModelConfig(Protocol):
     @property
     def most_tiles(self) -> int:
         """Tiles of the image that has the most of them."""
+
+    @property
+    def fewest_tiles(self) -> int:
+        """Tiles of the image that has the fewest of them."""
+
+    @property
+    def fewest_tokens(self) -> int:
+        """Visual tokens of the image that has the fewest of them, before pruning."""
 
     @property
     def position_axes(self) -> tuple[int, ...]:
@@ -209,6 +220,20 @@ class ModelFiles:
     vision_tower: pathlib.Path | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class VideoForm:
+    """How a family sees videos.
+
+    Attributes:
+        numbers: of how many frames a video has, the numbers of those that are seen.
+        text: where frames are images of one tile each: what is written in front of one, with
+            its number as `{i}`; None: a video is seen as one.
+    """
+
+    numbers: Callable[[int], list[int]]
+    text: str | None = None
+
+
 @runtime_checkable  # so that the tests can check it
 class PromptFormat(Protocol):
     """How a family writes its prompts, where a model's directory does not say."""
@@ -220,6 +245,10 @@ class PromptFormat(Protocol):
     @property
     def image_token(self) -> str:
         """What the templates of directories write for an image."""
+
+    @property
+    def video_token(self) -> str:
+        """What they write for a video that is seen as one."""
 
     def template(
         self, fields: Mapping[str, Any], *, original: bool, end: str, vocabulary: Container[str]
@@ -256,6 +285,9 @@ class Family(Protocol):
 
     @property
     def prompts(self) -> PromptFormat: ...
+    @property
+    def videos(self) -> VideoForm | None:
+        """How videos are seen; None: they are not."""
 
     def recognises(self, fields: Mapping[str, Any]) -> bool:
         """Whether a config.json is of this family, in whatever form."""
@@ -276,8 +308,16 @@ class Family(Protocol):
         config: Any,
         pixel_values: Float[Array, "F H W 3"],
         signals: frozenset[Signal] = frozenset(),
+        frames: Frames | None = None,
     ) -> VisionOutput:
-        """Pixels of tiles -> features and the signals asked for."""
+        """Pixels of tiles -> features and the signals asked for.
+
+        Args:
+            params, config: the model's.
+            pixel_values: normalised.
+            signals: what methods ask for.
+            frames: which tiles are a video's; None: none is.
+        """
 
     def project(
         self, params: Arrays, config: Any, features: Float[Array, "*any C"]
@@ -340,8 +380,8 @@ class Family(Protocol):
     def image_processor(self, config: Any, *, pad: bool) -> Any:
         """The `transformers` image processor of a model whose directory has no file for it."""
 
-    def image_arguments(self, config: Any) -> dict[str, Any]:
-        """What the image processor is told beside what its file says."""
+    def image_arguments(self, config: Any, size: VisualSize) -> dict[str, Any]:
+        """What the image processor is told of an image beside what its file says."""
 
     def processor_files(self, config: Any, *, do_pad: bool = False) -> dict[str, dict[str, Any]]:
         """The files from which `transformers` makes the processor: names, and JSON contents."""

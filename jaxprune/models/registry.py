@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxprune.errors import UserError
-from jaxprune.models import internvl, llava, llava_hr, llava_next
+from jaxprune.models import internvl, llava, llava_hr, llava_next, video_llava
 from jaxprune.models.family import Family, ModelConfig
 from jaxprune.models.weights import KeyTable
 from jaxprune.ops.cuts import Depth
@@ -18,6 +18,7 @@ FAMILIES: Mapping[str, Family] = {
         llava.FAMILY,
         llava_next.FAMILY,
         llava_hr.FAMILY,
+        video_llava.FAMILY,
         internvl.FAMILY,
     )
 }

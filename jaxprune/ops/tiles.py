@@ -30,11 +30,18 @@ CLS = -3
 
 
 class VisualSize(NamedTuple):
-    """Pixels of an image, or of each of a video's frames."""
+    """Pixels of an image, or of each of a video's frames.
+
+    Attributes:
+        height, width: pixels.
+        frames: of a video that is seen as one; 1 for an image.
+        most_tiles: that it may be cut into, where that is fewer than the model's.
+    """
 
     height: int
     width: int
     frames: int = 1
+    most_tiles: int | None = None
 
 
 class Tiling(NamedTuple):
@@ -53,7 +60,9 @@ class Tiling(NamedTuple):
             position, from the image's first one; None counts the slots.
         extent: positions that the image takes up before the text after it; None: M.
         maps: of an image of several tiles its patches as they lie in the picture, int32
-            `[rows, columns]` each: seen as a whole, and enlarged in tiles.
+            `[rows, columns]` each: seen as a whole, and enlarged in tiles. Of a video, each
+            frame's.
+        video: whether its tiles are a video's frames.
     """
 
     tiles: int
@@ -62,6 +71,7 @@ class Tiling(NamedTuple):
     places: np.ndarray | None = None
     extent: int | None = None
     maps: tuple[np.ndarray, ...] = ()
+    video: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -107,6 +117,22 @@ def map_of_tiles(tall: int, wide: int, grid: int, *, first: int = 0) -> np.ndarr
     return patch.astype(np.int32)
 
 
+class Frames(NamedTuple):
+    """Which of the encoded tiles are a video's, for towers that look at several at once.
+
+    Attributes:
+        video: int32 `[F]`: the same number for all frames of a video, `STILL` for a tile of an
+            image, `NO_TILE` for padding.
+        number: int32 `[F]`: which frame of its video a tile is.
+    """
+
+    video: Int[AnyArray, " F"]
+    number: Int[AnyArray, " F"]
+
+
+STILL, NO_TILE = -1, -2
+
+
 class Packing(NamedTuple):
     """The tilings of a batch of images, I of them with up to T tiles and M slots each.
 
@@ -114,6 +140,7 @@ class Packing(NamedTuple):
         tile: int32 `[I, T]`: where an image's tile stands among the F encoded ones, or -1.
         image: int32 `[F]`: the image that a tile belongs to.
         number: int32 `[F]`: which of its tiles it is.
+        video: int32 `[F]`, see `Frames`.
         slots: int32 `[I, M]`, as in `Tiling`; `NO_PATCH` after the end.
         rows: int32 `[I, M]`.
         positions: int32 `[I, M]` or `[A, I, M]`.
@@ -122,9 +149,14 @@ class Packing(NamedTuple):
     tile: Int[AnyArray, "I T"]
     image: Int[AnyArray, " F"]
     number: Int[AnyArray, " F"]
+    video: Int[AnyArray, " F"]
     slots: Int[AnyArray, "I M"]
     rows: Int[AnyArray, "I M"]
     positions: Int[AnyArray, "*A I M"]
+
+    @property
+    def frames(self) -> Frames:
+        return Frames(self.video, self.number)
 
 
 def pack_tilings(
@@ -145,6 +177,7 @@ def pack_tilings(
     """
     tile = np.full((images, image_tiles), -1, np.int32)
     image, number = np.zeros((2, tiles), np.int32)
+    video = np.full(tiles, NO_TILE, np.int32)
     packed = np.full((images, slots), NO_PATCH, np.int32)
     rows = np.zeros((images, slots), np.int32)
     positions = np.zeros((*axes, images, slots), np.int32)
@@ -154,11 +187,12 @@ def pack_tilings(
         tile[i, : tiling.tiles] = first + own
         image[first : first + tiling.tiles] = i
         number[first : first + tiling.tiles] = own
+        video[first : first + tiling.tiles] = i if tiling.video else STILL
         packed[i, : tiling.num_tokens] = tiling.slots
         rows[i, : tiling.num_tokens] = tiling.rows
         positions[..., i, : tiling.num_tokens] = tiling.positions
         first += tiling.tiles
-    return Packing(tile, image, number, packed, rows, positions)
+    return Packing(tile, image, number, video, packed, rows, positions)
 
 
 class Chosen(NamedTuple):

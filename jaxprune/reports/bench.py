@@ -22,8 +22,8 @@ from jaxprune.engine.answer import Answer
 from jaxprune.engine.buckets import DEFAULT_BUCKETS, Buckets
 from jaxprune.errors import UserError, check_whole
 from jaxprune.generate import generate
-from jaxprune.inputs.images import picture_of
 from jaxprune.inputs.pixels import size_of
+from jaxprune.inputs.videos import seen_as
 from jaxprune.model import Params
 from jaxprune.progress import track
 from jaxprune.version import __version__
@@ -220,7 +220,9 @@ class _Size(NamedTuple):
 
 def _size_of(params: Params, images: Sequence[Any]) -> _Size:
     # An image that several rows share is encoded once.
-    loaded = [picture_of(image) for image in {id(image): image for image in images}.values()]
+    assert params.processor is not None
+    once, form = {id(image): image for image in images}.values(), params.processor.videos
+    loaded = [seen for image in once for seen in seen_as(image, form)]
     tiles = sum(params.config.tiling(size_of(image)).tiles for image in loaded)
     macs = params.config.tower.macs(tiles)
     return _Size(macs, decoder_bytes(params), params.config.text_config.dtype)

@@ -1,7 +1,6 @@
 """Pictures of the patches that pruning keeps."""
 
 import dataclasses
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,8 +10,8 @@ from PIL import Image, ImageDraw, ImageFont
 from jaxprune.engine.answer import Answer
 from jaxprune.errors import UserError
 from jaxprune.generate import generate
-from jaxprune.inputs.images import picture_of
 from jaxprune.inputs.pixels import pixel_values, size_of
+from jaxprune.inputs.videos import Clip, visual_of
 from jaxprune.model import Params
 
 DROPPED = 0.25  # brightness of a patch that is gone
@@ -36,10 +35,16 @@ class View:
     boxes: np.ndarray
 
 
-def views(params: Params, image: Image.Image) -> list[View]:
-    """How a model sees an RGB image: once, or as a whole and once more in tiles."""
+def views(params: Params, image: Image.Image | Clip) -> list[View]:
+    """How a model sees an RGB image: once, or as a whole and in tiles; a video frame by frame."""
     config = params.config
     maps = config.tiling(size_of(image)).maps
+    if isinstance(image, Clip):
+        return [
+            View(f"frame {i + 1}", what_the_model_sees(params, frame), patches.ravel(),
+                 _grid_boxes(*patches.shape))
+            for i, (frame, patches) in enumerate(zip(image.frames, maps, strict=True))
+        ]  # fmt: skip
     if not maps:
         every = np.arange(config.tower.tokens_per_tile)
         seen = what_the_model_sees(params, image)
@@ -91,7 +96,7 @@ def kept_patches(view: View, indices: np.ndarray, *, side: int) -> Image.Image:
 
 def kept_over_depth(
     params: Params,
-    image: str | pathlib.Path | Image.Image | np.ndarray,
+    image: Any,
     prompt: str,
     *,
     method: Any,
@@ -103,7 +108,7 @@ def kept_over_depth(
 
     Args:
         params: what `jaxprune.load` gives.
-        image: one image, as for `jaxprune.generate`.
+        image: one image or video, as for `jaxprune.generate`.
         prompt: the question; decoder-side methods prune by it.
         method: as for `jaxprune.generate`.
         layers: decoder layers to show, from 0; None chooses up to four among those that
@@ -123,9 +128,16 @@ def kept_over_depth(
     for layer in layers or ():
         if not 0 <= layer < depth:
             raise UserError(f"layer {layer} is asked for; the decoder has 0 to {depth - 1}.")
-    seen = picture_of(image)
+    assert params.processor is not None
+    seen = visual_of(image, params.processor.videos)
     answer: Answer = generate(
-        params, seen, prompt, method=method, max_new_tokens=1, return_details=True, **method_options
+        params,
+        image,
+        prompt,
+        method=method,
+        max_new_tokens=1,
+        return_details=True,
+        **method_options,
     )
     shown = views(params, seen)
     columns = []

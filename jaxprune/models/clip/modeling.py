@@ -1,6 +1,7 @@
 """CLIP ViT (arXiv 2103.00020): pre-LN blocks over a CLS token and non-overlapping patches."""
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import flax.linen as nn
 from jaxtyping import Array, Float
@@ -81,6 +82,7 @@ class ClipVisionTower(VisionTransformer):
     """The vision tower: `__call__` runs it whole, `encode` gives what LLaVA and pruning read."""
 
     config: ClipVisionConfig
+    layer_class: ClassVar[type[ClipLayer]] = ClipLayer
 
     def setup(self) -> None:
         c = self.config
@@ -92,7 +94,7 @@ class ClipVisionTower(VisionTransformer):
         shape = (1 + c.num_patches, c.hidden_size)
         self.position_embedding = self.param("position_embedding", normal, shape, c.dtype)
         self.pre_layernorm = layer_norm(c)
-        self.layers = [ClipLayer(c) for _ in range(c.num_hidden_layers)]
+        self.layers = [self.layer_class(c) for _ in range(c.num_hidden_layers)]
         self.post_layernorm = layer_norm(c)
 
     def blocks(self) -> Sequence[Layer]:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from jaxprune.models.family import ModelFiles
+from jaxprune.models.family import ModelFiles, VideoForm
 from jaxprune.models.internvl import images
 from jaxprune.models.internvl.config import PRESETS, InternVLConfig
 from jaxprune.models.internvl.modeling import InternVLStages
@@ -11,6 +11,14 @@ from jaxprune.models.internvl.prompts import PROMPTS
 from jaxprune.models.internvl.publisher import MODEL_TYPE, published_config
 from jaxprune.models.internvl.weights import internvl_table
 from jaxprune.models.weights import KeyTable
+
+NUM_FRAMES = 8
+
+
+def frame_numbers(number: int) -> list[int]:
+    """Which of a video's frames are seen: the middles of equal parts, as the publisher rounds."""
+    each = (number - 1) / NUM_FRAMES
+    return [int(each / 2 + round(each * i)) for i in range(NUM_FRAMES)]
 
 
 class InternVL(InternVLStages):
@@ -20,6 +28,7 @@ class InternVL(InternVLStages):
     config = InternVLConfig
     prompts = PROMPTS
     presets: ClassVar = PRESETS
+    videos = VideoForm(frame_numbers, text="Frame{i}: ")
     image_processor = staticmethod(images.image_processor)
     image_arguments = staticmethod(images.image_arguments)
     processor_files = staticmethod(images.processor_files)

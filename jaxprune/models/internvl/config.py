@@ -93,15 +93,23 @@ class InternVLConfig:
     def _with_thumbnail(self, tiles: int) -> int:
         return tiles + 1 if tiles > 1 else tiles
 
+    @property
+    def fewest_tiles(self) -> int:
+        return 1  # a video's frame, whatever images have
+
+    @property
+    def fewest_tokens(self) -> int:
+        return self.tower.tokens_per_tile
+
     def most_tokens(self, tiles: int) -> int:
         """The most visual tokens that an image of up to so many tiles has before pruning."""
-        fewest = self._with_thumbnail(self.min_tiles)
-        return min(max(tiles, fewest), self.most_tiles) * self.tower.tokens_per_tile
+        return min(tiles, self.most_tiles) * self.tower.tokens_per_tile
 
     def tiling(self, size: VisualSize) -> Tiling:
         """The tiles of an image row by row, and behind several of them the whole as one more."""
+        most = self.max_tiles if size.most_tiles is None else size.most_tiles
         wide, tall = best_grid(size.width, size.height, self.vision_config.image_size,
-                               self.min_tiles, self.max_tiles)  # fmt: skip
+                               min(self.min_tiles, most), most)  # fmt: skip
         tiles = self._with_thumbnail(tall * wide)
         tokens = np.arange(tiles * self.tower.tokens_per_tile, dtype=np.int32)
         grid, _ = self.tower.grid

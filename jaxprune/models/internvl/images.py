@@ -6,6 +6,7 @@ from typing import Any
 
 from jaxprune.files import read_json
 from jaxprune.models.internvl.config import InternVLConfig
+from jaxprune.ops.tiles import VisualSize
 
 # Mean and deviation of the channels on ImageNet, which the tower was trained with.
 IMAGENET_MEAN = [0.485, 0.456, 0.406]
@@ -18,17 +19,19 @@ def _settings(config: InternVLConfig) -> dict[str, Any]:
         "size": {"height": side, "width": side},
         "image_mean": IMAGENET_MEAN,
         "image_std": IMAGENET_STD,
-        **image_arguments(config),
+        **_tiles(config, None),
     }
 
 
-def image_arguments(config: InternVLConfig) -> dict[str, Any]:
-    """How images are cut, which `transformers` tells the image processor at each call."""
-    return {
-        "crop_to_patches": True,
-        "min_patches": config.min_tiles,
-        "max_patches": config.max_tiles,
-    }
+def image_arguments(config: InternVLConfig, size: VisualSize) -> dict[str, Any]:
+    """How an image is cut, which `transformers` tells the image processor at each call."""
+    return _tiles(config, size.most_tiles)
+
+
+def _tiles(config: InternVLConfig, most: int | None) -> dict[str, Any]:
+    most = config.max_tiles if most is None else most
+    fewest = min(config.min_tiles, most)
+    return {"crop_to_patches": True, "min_patches": fewest, "max_patches": most}
 
 
 def image_processor(config: InternVLConfig, *, pad: bool) -> Any:

@@ -17,6 +17,7 @@ from jaxprune.models.family import Arrays
 from jaxprune.models.internvit.modeling import InternVit
 from jaxprune.models.internvl.config import InternVLConfig
 from jaxprune.models.stages import DecoderStages, init_decoder
+from jaxprune.ops.tiles import Frames
 from jaxprune.ops.visual import PROJECTED, Signal, VisionOutput
 
 NORM_EPS = 1e-5  # PyTorch's own, whatever the config says
@@ -48,8 +49,10 @@ class InternVLStages(DecoderStages):
         config: InternVLConfig,
         pixel_values: Float[Array, "F H W 3"],
         signals: frozenset[Signal] = frozenset(),
+        frames: Frames | None = None,
     ) -> VisionOutput:
         """Pixels of tiles -> features and the signals asked for, of merged patches."""
+        del frames  # every tile is seen by itself
         vision: Any = InternVit(config.vision_config, config.merged).apply(
             {"params": params["vision_tower"]},
             pixel_values,

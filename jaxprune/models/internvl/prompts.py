@@ -78,7 +78,7 @@ class InternVLPrompts:
     """The prompts of InternVL: a `models.family.PromptFormat`."""
 
     around_images = ("<img>", "</img>")
-    image_token = IMAGE_TOKEN
+    image_token = video_token = IMAGE_TOKEN
 
     def template(
         self, fields: Mapping[str, Any], *, original: bool, end: str, vocabulary: Container[str]

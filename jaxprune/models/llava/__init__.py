@@ -11,6 +11,7 @@ from jaxprune.models.llava.original import has_tiles, is_original, original_argu
 from jaxprune.models.llava.prompts import PROMPTS
 from jaxprune.models.llava.weights import llava_table
 from jaxprune.models.weights import KeyTable
+from jaxprune.ops.tiles import VisualSize
 
 
 class Llava(LlavaStages):
@@ -19,6 +20,7 @@ class Llava(LlavaStages):
     name = LlavaConfig.family
     config = LlavaConfig
     prompts = PROMPTS
+    videos = None
     presets: ClassVar = {
         "llava-1.5-7b": LlavaConfig.llava_1_5_7b,
         "llava-1.5-13b": LlavaConfig.llava_1_5_13b,
@@ -42,9 +44,9 @@ class Llava(LlavaStages):
         """How a model is stored."""
         return llava_table(config.text_config.model_type)
 
-    def image_arguments(self, config: LlavaConfig) -> dict[str, Any]:
+    def image_arguments(self, config: LlavaConfig, size: VisualSize) -> dict[str, Any]:
         """Nothing: the file says all."""
-        del config
+        del config, size
         return {}
 
     def hub_form(self, config: LlavaConfig) -> bool:

@@ -74,6 +74,14 @@ class LlavaConfig:
         return 1
 
     @property
+    def fewest_tiles(self) -> int:
+        return 1
+
+    @property
+    def fewest_tokens(self) -> int:
+        return self.most_tokens(1)
+
+    @property
     def position_axes(self) -> tuple[int, ...]:
         sections = self.text_config.rope_sections
         return () if sections is None else (len(sections),)

@@ -15,6 +15,7 @@ from jaxprune.models.clip.modeling import ClipVisionTower
 from jaxprune.models.family import Arrays
 from jaxprune.models.llava.config import LlavaConfig
 from jaxprune.models.stages import DecoderStages, init_decoder
+from jaxprune.ops.tiles import Frames
 from jaxprune.ops.visual import PROJECTED, Signal, VisionOutput
 
 
@@ -44,7 +45,8 @@ def project_with(
     return array
 
 
-def _projector(config: LlavaConfig) -> Projector:
+def projector_of(config: LlavaConfig) -> Projector:
+    """The projector of a model."""
     return Projector(
         config.text_config.hidden_size,
         config.dtype,
@@ -62,8 +64,10 @@ class LlavaStages(DecoderStages):
         config: LlavaConfig,
         pixel_values: Float[Array, "F H W 3"],
         signals: frozenset[Signal] = frozenset(),
+        frames: Frames | None = None,
     ) -> VisionOutput:
         """Pixels of tiles -> features and the signals asked for."""
+        del frames  # every tile is seen by itself
         vision: Any = ClipVisionTower(config.vision_config).apply(
             {"params": params["vision_tower"]},
             pixel_values,
@@ -78,7 +82,7 @@ class LlavaStages(DecoderStages):
         self, params: Arrays, config: LlavaConfig, features: Float[Array, "*any C"]
     ) -> Float[Array, "*any D"]:
         """Features -> the decoder's width."""
-        return project_with(_projector(config), params, features)
+        return project_with(projector_of(config), params, features)
 
     def init_params(self, config: LlavaConfig, key: Array) -> Arrays:
         """Random parameters, for training from scratch and for tests."""
@@ -88,7 +92,7 @@ class LlavaStages(DecoderStages):
         tower, pixels = ClipVisionTower(config.vision_config), jnp.zeros((1, size, size, 3))
         return {
             "vision_tower": tower.init(vision, pixels)["params"],
-            "multi_modal_projector": _projector(config).init(projector, jnp.zeros((1, width)))[
+            "multi_modal_projector": projector_of(config).init(projector, jnp.zeros((1, width)))[
                 "params"
             ],
             "language_model": init_decoder(config, text),

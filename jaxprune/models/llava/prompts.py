@@ -14,26 +14,27 @@ VICUNA_SYSTEM = (
 )
 
 
-def vicuna_template(*, original: bool, end: str) -> str:
+def vicuna_template(*, original: bool, end: str, system: str = VICUNA_SYSTEM) -> str:
     """The Vicuna format in Jinja, for messages of text or of parts.
 
     Args:
         original: a conversation without a system message gets the original code's.
         end: of an answer.
+        system: that message.
     """
-    system = (
+    first = (
         "{% if messages and messages[0]['role'] != 'system' %}"
-        f"{{{{ {json.dumps(VICUNA_SYSTEM + ' ')} }}}}"
+        f"{{{{ {json.dumps(system + ' ')} }}}}"
         "{% endif %}"
     )
     return (
-        f"{system if original else ''}"
+        f"{first if original else ''}"
         "{% for message in messages %}"
         "{% if message['role'] == 'user' %}{{ 'USER: ' }}"
         "{% elif message['role'] == 'assistant' %}{{ ' ' }}{% endif %}"
         "{% if message['content'] is string %}{{ message['content'] }}"
         "{% else %}{% for part in message['content'] %}"
-        rf"{{% if part['type'] == 'image' %}}{{{{ '{IMAGE_PLACEHOLDER}\n' }}}}"
+        rf"{{% if part['type'] in ('image', 'video') %}}{{{{ '{IMAGE_PLACEHOLDER}\n' }}}}"
         "{% else %}{{ part['text'] }}{% endif %}"
         "{% endfor %}{% endif %}"
         "{% if message['role'] == 'system' %}{{ ' ' }}"
@@ -69,13 +70,15 @@ class ByDecoder:
         around_images: text in front of each image's tokens and after them.
         other_formats: tokens of other prompt formats: a decoder whose vocabulary has one was
             taught that format, and no template here is its own.
-        image_token: what the templates of directories write for an image.
+        image_token, video_token: what the templates of directories write for an image and for a
+            video.
     """
 
     templates: Mapping[str, Template]
     around_images: tuple[str, str] = ("", "")
     other_formats: tuple[str, ...] = ()
     image_token: str = IMAGE_PLACEHOLDER
+    video_token: str = IMAGE_PLACEHOLDER
 
     def template(
         self, fields: Mapping[str, Any], *, original: bool, end: str, vocabulary: Container[str]

@@ -11,6 +11,7 @@ from jaxprune.models.llava_hr.modeling import LlavaHrStages
 from jaxprune.models.llava_hr.original import published_config
 from jaxprune.models.llava_hr.weights import LLAVA_HR
 from jaxprune.models.weights import KeyTable
+from jaxprune.ops.tiles import VisualSize
 
 
 class LlavaHr(LlavaHrStages):
@@ -19,6 +20,7 @@ class LlavaHr(LlavaHrStages):
     name = LlavaHrConfig.family
     config = LlavaHrConfig
     prompts = PROMPTS
+    videos = None
     presets: ClassVar = PRESETS
     image_processor = staticmethod(images.image_processor)
 
@@ -35,9 +37,9 @@ class LlavaHr(LlavaHrStages):
         del config
         return LLAVA_HR
 
-    def image_arguments(self, config: LlavaHrConfig) -> dict[str, Any]:
+    def image_arguments(self, config: LlavaHrConfig, size: VisualSize) -> dict[str, Any]:
         """Nothing: the image processor is made for the config."""
-        del config
+        del config, size
         return {}
 
     def processor_files(

@@ -98,6 +98,14 @@ class LlavaHrConfig:
         return self.text_config.dtype
 
     @property
+    def fewest_tiles(self) -> int:
+        return 1
+
+    @property
+    def fewest_tokens(self) -> int:
+        return self.grid**2
+
+    @property
     def position_axes(self) -> tuple[int, ...]:
         return ()
 

@@ -25,6 +25,7 @@ from jaxprune.models.llava.modeling import Projector, project_with
 from jaxprune.models.llava_hr.config import ADAPTERS, LlavaHrConfig
 from jaxprune.models.stages import DecoderStages, init_decoder
 from jaxprune.models.vit.modeling import signal_of_layer, split_patches
+from jaxprune.ops.tiles import Frames
 from jaxprune.ops.visual import PROJECTED, Signal, VisionOutput
 
 
@@ -186,8 +187,10 @@ class LlavaHrStages(DecoderStages):
         config: LlavaHrConfig,
         pixel_values: Float[Array, "F H W 3"],
         signals: frozenset[Signal] = frozenset(),
+        frames: Frames | None = None,
     ) -> VisionOutput:
         """Pixels of images -> features and the signals asked for."""
+        del frames  # every tile is seen by itself
         vision: Any = LlavaHrTower(config).apply(
             {"params": params["vision_tower"]},
             pixel_values,

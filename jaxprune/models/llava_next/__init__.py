@@ -12,6 +12,7 @@ from jaxprune.models.llava_next.original import original_config
 from jaxprune.models.llava_next.prompts import PROMPTS
 from jaxprune.models.llava_next.weights import llava_next_table
 from jaxprune.models.weights import KeyTable
+from jaxprune.ops.tiles import VisualSize
 
 
 class LlavaNext(LlavaNextStages):
@@ -20,6 +21,7 @@ class LlavaNext(LlavaNextStages):
     name = LlavaNextConfig.family
     config = LlavaNextConfig
     prompts = PROMPTS
+    videos = None
     presets: ClassVar = {
         "llava-1.6-vicuna-7b": LlavaNextConfig.llava_1_6_vicuna_7b,
         "llava-1.6-vicuna-13b": LlavaNextConfig.llava_1_6_vicuna_13b,
@@ -46,9 +48,9 @@ class LlavaNext(LlavaNextStages):
         """How a model is stored."""
         return llava_next_table(config.text_config.model_type)
 
-    def image_arguments(self, config: LlavaNextConfig) -> dict[str, Any]:
+    def image_arguments(self, config: LlavaNextConfig, size: VisualSize) -> dict[str, Any]:
         """Nothing: the file says all."""
-        del config
+        del config, size
         return {}
 
     def hub_form(self, config: LlavaNextConfig) -> bool:

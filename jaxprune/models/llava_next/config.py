@@ -53,11 +53,19 @@ class LlavaNextConfig(LlavaConfig):
     def most_tiles(self) -> int:
         return max(tiling.tiles for tiling in self._fullest())
 
+    @property
+    def fewest_tiles(self) -> int:
+        return min(tiling.tiles for tiling in self._fullest())
+
+    @property
+    def fewest_tokens(self) -> int:
+        return self.vision_config.num_patches + 1  # the whole, and a line of something
+
     def most_tokens(self, tiles: int) -> int:
         """The most visual tokens that an image of up to so many tiles has before pruning."""
         fullest = self._fullest()
-        fewest = min(tiling.tiles for tiling in fullest)
-        return max(t.num_tokens for t in fullest if t.tiles <= max(tiles, fewest))
+        tiles = max(tiles, self.fewest_tiles)
+        return max(t.num_tokens for t in fullest if t.tiles <= tiles)
 
     def _fullest(self) -> list[Tiling]:
         """For each choice the tiling of an image that needs no padding there."""
@@ -69,8 +77,8 @@ class LlavaNextConfig(LlavaConfig):
 
     def tiling(self, size: VisualSize) -> Tiling:
         """The tiles of an image, its padding and newlines."""
-        c, (height, width, _) = self.vision_config, size
-        return anyres(height, width, self.image_grid_pinpoints, c.image_size, c.grid_size)
+        c = self.vision_config
+        return anyres(size.height, size.width, self.image_grid_pinpoints, c.image_size, c.grid_size)
 
     @classmethod
     def llava_1_6_vicuna_7b(cls, *, dtype: str = "float32") -> "LlavaNextConfig":

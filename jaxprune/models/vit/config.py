@@ -61,6 +61,10 @@ class VitTower:
         side = self.config.grid_size // self.merged
         return side, side
 
+    def instead(self, signal: Signal) -> Signal:
+        """Every signal itself."""
+        return signal
+
     def check(self, signals: frozenset[Signal]) -> None:
         """Raise `UserError` unless the tower can give these signals."""
         layers = self.config.num_hidden_layers

@@ -52,6 +52,7 @@ class VisionTransformer(nn.Module):
         feature_layers: tuple[int, ...] = (-2,),
         keep_cls: bool = False,
         signals: frozenset[Signal] = frozenset(),
+        layers: Sequence[Layer] | None = None,
     ) -> VisionOutput:
         """Features of the chosen hidden states, and the signals asked for.
 
@@ -63,30 +64,29 @@ class VisionTransformer(nn.Module):
             feature_layers: indices into the hidden states (0 = embeddings), concatenated.
             keep_cls: the "full" select strategy: CLS is a feature too.
             signals: those of the tower itself; "features" among them.
+            layers: what is run instead of the tower's own.
         """
-        layers = self.config.num_hidden_layers
-        wanted = [index % (layers + 1) for index in feature_layers]
-        read = [_state_of(signal, layers) for signal in signals if signal.kind != "features"]
+        layers, L = self.blocks() if layers is None else layers, self.config.num_hidden_layers
+        wanted = [index % (L + 1) for index in feature_layers]
+        read = [_state_of(signal, L) for signal in signals if signal.kind != "features"]
         states = [self.embed(pixel_values)]
-        for layer in self.blocks()[: max(*wanted, *read, 0)]:
+        for layer in layers[: max(*wanted, *read, 0)]:
             states.append(layer(states[-1]))
 
         whole = jnp.concatenate([states[index] for index in wanted], axis=-1)  # [F, S, C]
         features = self.as_tokens(whole[:, 1:])
         found = {
-            signal: features if signal.kind == "features" else self._signal(states, signal)
+            signal: features if signal.kind == "features" else self._signal(layers, states, signal)
             for signal in sorted(signals)
         }
         return VisionOutput(features, whole[:, 0] if keep_cls else None, found)
 
-    def _signal(self, states: list[Array], signal: Signal) -> Array:
+    def _signal(self, layers: Sequence[Layer], states: list[Array], signal: Signal) -> Array:
         c = self.config
         x = states[_state_of(signal, c.num_hidden_layers)]
         if signal.kind == "hidden_states":
             return self.as_tokens(x[:, 1:])
-        found = signal_of_layer(
-            self.blocks()[signal.layer], x, signal, num_heads=c.num_attention_heads
-        )
+        found = signal_of_layer(layers[signal.layer], x, signal, num_heads=c.num_attention_heads)
         return self.as_tokens(found) if signal.kind == "keys" else self._of_tokens(found)
 
     def _of_tokens(self, attention: Float[Array, "F P"]) -> Float[Array, "F N"]:
