@@ -227,11 +227,13 @@ def with_videos(
     found: list[Message] = []
     for message in messages:
         parts: list[Any] = []
+        before = ""  # what belongs to the next text, since templates may trim parts
         for part in message["content"]:
             if not _is_image(part):
                 text = part["text"]
                 own = [next(rest) for _ in range(text.count(IMAGE_PLACEHOLDER))]
-                parts.append({**part, "text": with_videos_in_text(text, own, form)})
+                parts.append({**part, "text": before + with_videos_in_text(text, own, form)})
+                before = ""
                 continue
             item = next(rest)
             if not isinstance(item, Video) or form is None:
@@ -239,8 +241,9 @@ def with_videos(
             elif form.text is None:
                 parts.append({**part, "type": "video"})
             else:  # as text, for templates that put all image parts first
-                text = with_videos_in_text(IMAGE_PLACEHOLDER, [item], form)
-                parts.append({"type": "text", "text": text + "\n"})
+                before += with_videos_in_text(IMAGE_PLACEHOLDER, [item], form) + "\n"
+        if before:
+            parts.append({"type": "text", "text": before})
         found.append({**message, "content": parts})
     return found
 
