@@ -9,10 +9,10 @@ import jax
 from flax.traverse_util import flatten_dict
 
 from jaxprune import checkpoints_convert
-from jaxprune.checkpoints_convert.load import DTYPES
+from jaxprune.checkpoints_convert.load import DTYPES, find_source
 from jaxprune.checkpoints_convert.load import read_config as config_of_directory
 from jaxprune.checkpoints_convert.plan import flat_shapes
-from jaxprune.checkpoints_convert.recognise import existing_directory, explained
+from jaxprune.checkpoints_convert.recognise import explained
 from jaxprune.devices.mesh import with_auto_axes
 from jaxprune.devices.process import check_here
 from jaxprune.errors import UserError, check_choice, check_flag
@@ -61,6 +61,7 @@ def load(
     dtype: str = "auto",
     mesh: jax.sharding.Mesh | None = None,
     vision_tower: Any = None,
+    adapter: Any = None,
     download: bool = False,
     show_progress: bool | None = None,
 ) -> Params:
@@ -77,6 +78,9 @@ def load(
         mesh: a device mesh to lay the weights over; see docs/devices.md.
         vision_tower: the CLIP tower's directory, for checkpoints in LLaVA's original
             format, which do not hold it.
+        adapter: the directory of a LoRA adapter, as PEFT or LLaVA's training writes it, to be
+            merged into the model; an adapter's own directory may be loaded too, if its base is
+            found by the name that it gives.
         download: fetch a repository that is not in the Hub's cache.
         show_progress: a bar on stderr; None shows it in a terminal.
 
@@ -85,12 +89,14 @@ def load(
     """
     check_flag("download", download)
     check_here((), "load")
-    path = existing_directory(SMALL_MODEL if directory is None else directory, download=download)
+    named = SMALL_MODEL if directory is None else directory
+    source = find_source(named, vision_tower, adapter, download=download)
     arrays, config = checkpoints_convert.load_checkpoint(
-        path, dtype=dtype, mesh=mesh, vision_tower=vision_tower, show_progress=show_progress
+        source, dtype=dtype, mesh=mesh, show_progress=show_progress
     )
-    with explained(path):
-        return Params(arrays, config, load_processor(path, config))
+    with explained(source.weights):
+        processor = load_processor(source.config, config, tokenizer=source.weights)
+        return Params(arrays, config, processor)
 
 
 def read_config(model: str | pathlib.Path | None = None, dtype: str = "bfloat16") -> ModelConfig:
@@ -110,12 +116,12 @@ def read_config(model: str | pathlib.Path | None = None, dtype: str = "bfloat16"
     if isinstance(model, str) and model in PRESETS:
         return PRESETS[model](dtype=dtype)
     try:
-        directory = existing_directory(model)
+        source = find_source(model)
     except UserError as error:
         known = ", ".join(PRESETS)
         raise UserError(f"{error} It is no preset either; those are: {known}.") from None
-    with explained(directory):
-        return config_of_directory(directory, dtype=dtype)
+    with explained(source.weights):
+        return config_of_directory(source.config, dtype=dtype, weights=source.weights)
 
 
 def export(params: Params, directory: Any, *, show_progress: bool | None = None) -> None:

@@ -7,6 +7,10 @@ import numpy as np
 import pytest
 
 import jaxprune
+from jaxprune import checkpoints_convert
+from jaxprune.calibrate import Sample
+from jaxprune.engine.cost import estimate
+from jaxprune.reports import bench
 from jaxprune.reports.kept_patches import kept_over_depth
 from tests import builders, cases
 from tests.builders import start
@@ -61,7 +65,14 @@ def model(request, tmp_path_factory):
     return jaxprune.load(directory)
 
 
-@pytest.mark.parametrize("name", METHODS)
+# Each kind of method; the rest of the matrix is among the longer checks.
+KINDS = ("none", "prumerge", "prumerge_plus fixed", "fitprune", "fastv", "pair")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[] if n in KINDS else pytest.mark.slow) for n in METHODS],
+)
 def test_a_row_is_the_same_alone_and_in_a_batch(name, model):
     images = pictures_of(model, [SIZES[4], *random_sizes(name, 4)])
     prompts = ["What?", "Where is the red circle, and why?", "a b c", "Is there a star?", "Hm"]
@@ -72,7 +83,7 @@ def test_a_row_is_the_same_alone_and_in_a_batch(name, model):
         chex.assert_trees_all_close(batch.first_logits[i], alone.first_logits[0], atol=1e-4)
 
 
-@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("which", [0, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["random", "uniform", "fitprune", "gsearch"])
 def test_keeping_everything_is_no_pruning(name, which, model):
     image = pictures_of(model, random_sizes(f"{name} everything", 2))[which]
@@ -118,3 +129,45 @@ def test_show_draws_the_whole_and_the_tiles(name, model):
         model, cases.picture(3, (30, 90)), "What?", side=120, **options_of(name)
     )
     assert sheet.height > 2 * 40
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["none", "prumerge", "fitprune"])
+def test_nothing_compiles_after_a_warm_up(name, model):
+    """300 requests of random sizes, batches, questions and lengths of answers."""
+    rng = np.random.default_rng(zlib.crc32(name.encode()))
+    buckets = FEW.up_to(batch=8, images=8, row_images=1, text=64, new_tokens=16)
+    options = {"buckets": buckets, **options_of(name)}
+    jaxprune.warmup(model, show_progress=False, **options)
+    with jaxprune.no_compilation():
+        for i in range(300):
+            number = int(rng.integers(1, 9))
+            images = pictures_of(model, random_sizes(f"{name} {i}", number))
+            prompts = ["a " * int(rng.integers(1, 30)) for _ in range(number)]
+            jaxprune.generate(
+                model, images, prompts, max_new_tokens=int(rng.integers(1, 5)), **options
+            )
+
+
+@pytest.mark.slow
+def test_from_calibration_to_a_copy(model, tmp_path):
+    """What a user does with a model: fit a recipe, count, measure, convert, export."""
+    samples = [Sample(image, "What is it?") for image in pictures_of(model, SIZES[:4])]
+    recipe = jaxprune.calibrate(model, samples, method="fitprune", save=0.3, batch_size=2)
+    found = estimate(model.config, recipe)
+    assert found.saved["visual_macs"] == pytest.approx(0.3, abs=0.1)
+    image = samples[0].image
+    chosen = [("none", {"method": "none"}), ("recipe", {"method": recipe})]
+    rows, _ = bench.bench(model, [image], "What?", chosen, new_tokens=2, rounds=1)
+    assert [row.method for row in rows] == ["none", "recipe"]
+    jaxprune.export(model, tmp_path / "exported")
+    checkpoints_convert.convert(tmp_path / "exported", tmp_path / "converted")
+    options = {"max_new_tokens": 3, "return_details": True, "method": recipe, "buckets": FEW}
+    expected = jaxprune.generate(model, image, "What is it?", **options).token_ids
+    for place in ("exported", "converted"):
+        again = jaxprune.load(tmp_path / place)
+        assert again.config == model.config
+        assert jaxprune.generate(again, image, "What is it?", **options).token_ids == expected
+    requests = [(sample.image, "What is it?") for sample in samples]
+    several = list(jaxprune.generate_many(model, requests, **options))
+    assert several[0].token_ids == expected

@@ -328,7 +328,7 @@ MISTAKES = [
     ({"prompt": [{"role": "user"}]}, "'role' and 'content'"),
     ({"prompt": [{"role": "robot", "content": "a"}]}, "has role 'robot'"),
     ({"prompt": [{"role": "assistant", "content": "a"}]}, "does not end with a user"),
-    ({"prompt": [{"role": "user", "content": [{"type": "video"}]}]}, "has the content"),
+    ({"prompt": [{"role": "user", "content": [{"type": "audio"}]}]}, "has the content"),
     ({"image": []}, "list of images is empty"),
     ({"image": 3}, "image is a int"),
     ({"image": np.zeros((4, 4, 3))}, "array of float64"),

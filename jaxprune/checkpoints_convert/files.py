@@ -46,6 +46,11 @@ def stored_tensors(directory: pathlib.Path) -> list[StoredTensor]:
     )
 
 
+def open_tensors(path: pathlib.Path) -> Iterator[StoredTensor]:
+    """The tensors of a single file."""
+    return _open_bin(path) if path.suffix == ".bin" else _open_safetensors(path)
+
+
 def _weight_files(directory: pathlib.Path, suffix: str) -> list[pathlib.Path]:
     stem = "model" if suffix == ".safetensors" else "pytorch_model"
     single, index = directory / f"{stem}{suffix}", directory / f"{stem}{suffix}.index.json"

@@ -45,20 +45,24 @@ class HubForm:
     rows: int | None = None
 
 
-def hub_form(directory: pathlib.Path, config: ModelConfig) -> HubForm:
+def hub_form(
+    directory: pathlib.Path, config: ModelConfig, *, tokenizer: pathlib.Path | None = None
+) -> HubForm:
     """The Hugging Face form of a model in its publisher's form.
 
     Args:
         directory: where its config.json and tokenizer are.
         config: its config.
+        tokenizer: where the tokenizer is, if elsewhere.
 
     Raises:
         UserError: for a tokenizer that is missing, or that splits a prompt around the image
             token otherwise than around an image.
     """
-    family, original = family_of(config), load_processor(directory, config)
-    tokenizer, image, pad = _with_tokens(original, family.prompts.image_token)
-    vocabulary = tokenizer.get_vocab()
+    family = family_of(config)
+    original = load_processor(directory, config, tokenizer=tokenizer)
+    known, image, pad = _with_tokens(original, family.prompts.image_token)
+    vocabulary = known.get_vocab()
     text: Any = config.text_config
     rows = max(text.vocab_size, vocabulary[image] + 1, vocabulary[pad] + 1)
     if rows > text.vocab_size:
@@ -92,7 +96,7 @@ def hub_form(directory: pathlib.Path, config: ModelConfig) -> HubForm:
     for name, own in family.processor_files(wider, do_pad=do_pad).items():
         fields[name] = {**fields.get(name, {}), **own}
     texts = {name: json.dumps(value, indent=2) + "\n" for name, value in fields.items()}
-    texts["tokenizer.json"] = tokenizer.to_str()
+    texts["tokenizer.json"] = known.to_str()
     assert original.template.text is not None  # the family's own
     template = original.template.text.replace(IMAGE_PLACEHOLDER, image)
     texts["chat_template.jinja"] = template

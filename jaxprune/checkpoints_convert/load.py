@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
+from jaxprune.checkpoints_convert.adapters import Adapter, is_adapter, merged, read_adapter
 from jaxprune.checkpoints_convert.files import StoredTensor, stored_tensors
 from jaxprune.checkpoints_convert.plan import PlannedTensor, cast, make_plan, path_of
 from jaxprune.checkpoints_convert.recognise import existing_directory, explained
@@ -23,24 +24,26 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def load_checkpoint(
-    directory: str | pathlib.Path,
+    directory: "str | pathlib.Path | Source",
     *,
     dtype: str = "auto",
     mesh: jax.sharding.Mesh | None = None,
     vision_tower: str | pathlib.Path | None = None,
+    adapter: str | pathlib.Path | None = None,
     show_progress: bool | None = None,
 ) -> tuple[dict[str, Any], ModelConfig]:
     """Read the weights of a model directory.
 
     Args:
-        directory: a Hugging Face directory, an original-format one, or one written by
-            `convert(..., format="jaxprune")`.
+        directory: a Hugging Face directory, an original-format one, one written by
+            `convert(..., format="jaxprune")`, or an adapter's, whose base is then looked for.
         dtype: "float32", "bfloat16", "float16", or "auto": float32 on CPU; on an
             accelerator bfloat16 where the file has 16-bit weights, else float32.
         mesh: lay every parameter over it, by the rules of the model's family; without one,
             all are on the default device.
         vision_tower: directory of the CLIP tower of an original-format checkpoint, which
             does not hold its own.
+        adapter: directory of a LoRA adapter, which is merged into the model.
         show_progress: a bar on stderr; None shows it in a terminal.
 
     Returns:
@@ -49,15 +52,78 @@ def load_checkpoint(
     Raises:
         UserError: for anything wrong with the directory; see `make_plan`.
     """
-    directory = existing_directory(directory)
-    tower = None if vision_tower is None else existing_directory(vision_tower)
+    if isinstance(directory, Source):
+        source = directory
+    else:
+        source = find_source(directory, vision_tower, adapter)
     name = _name_of(dtype)
-    with explained(directory, tower):
-        config, plan = planned(directory, tower, dtype=_resolve_dtype(name, directory))
+    with explained(source.weights, source.tower):
+        config, plan = planned(source, dtype=_resolve_dtype(name, source.weights))
     if mesh is not None:
         mesh = check_mesh(mesh, config.mesh_splits())
-    with explained(directory, tower):
+    with explained(source.weights, source.tower):
         return _laid_out(plan, config, mesh, show_progress), config
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where the parts of a model are.
+
+    Attributes:
+        weights: the directory of its weights and tokenizer.
+        config: that of its config.json, another one where an adapter brings it.
+        tower: that of its vision tower, if it has one of its own.
+        adapter: what is merged into it.
+    """
+
+    weights: pathlib.Path
+    config: pathlib.Path
+    tower: pathlib.Path | None = None
+    adapter: Adapter | None = None
+
+
+def find_source(
+    directory: object,
+    vision_tower: object = None,
+    adapter: object = None,
+    *,
+    download: bool = False,
+) -> Source:
+    """The parts of a model that a user names.
+
+    Args:
+        directory: the model's, or an adapter's whose base is looked for by its name.
+        vision_tower: the vision tower's.
+        adapter: an adapter's.
+        download: fetch what is not in the Hub's cache.
+
+    Raises:
+        UserError: for what is not there.
+    """
+    path = existing_directory(directory, download=download)
+    tower = None if vision_tower is None else existing_directory(vision_tower, download=download)
+    if adapter is None and is_adapter(path):
+        found = read_adapter(path)
+        if found.base is None:
+            raise UserError(
+                f"{path} holds an adapter that does not name its base; load the base, with "
+                "adapter= naming this directory."
+            )
+        try:
+            base = existing_directory(found.base, download=download)
+        except UserError as error:
+            raise UserError(
+                f"{path} holds an adapter whose base is not here: {error} Or load the base from "
+                "where it is, with adapter= naming this directory."
+            ) from None
+    elif adapter is None:
+        return Source(path, path, tower)
+    else:
+        found, base = read_adapter(existing_directory(adapter, download=download)), path
+    own = found.directory / "config.json"
+    # LLaVA's training leaves the whole model's config beside the adapter of a decoder.
+    whole = own.is_file() and family_of_fields(read_json(own)) is not None
+    return Source(base, found.directory if whole else base, tower, found)
 
 
 def _laid_out(
@@ -85,22 +151,30 @@ def _laid_out(
     return tree
 
 
-def planned(
-    directory: pathlib.Path, tower: pathlib.Path | None, *, dtype: str
-) -> tuple[ModelConfig, list[PlannedTensor]]:
-    """The config and plan of a checkpoint, whose vision tower may be in a directory of its own.
+def planned(source: Source, *, dtype: str) -> tuple[ModelConfig, list[PlannedTensor]]:
+    """The config and plan of a checkpoint.
 
     Raises:
-        UserError: as `make_plan`, and for a tower that is nowhere.
+        UserError: as `make_plan`, for a tower that is nowhere, and for an adapter of another base.
     """
-    config = _with_own_head(directory, read_config(directory, dtype=dtype, vision_tower=tower))
-    extra = [] if tower is None else [tower]
+    config = config_of(source, dtype=dtype)
+    extra = [] if source.tower is None else [source.tower]
+    instead = () if source.adapter is None else source.adapter.whole
     try:
-        return config, make_plan(directory, config, *extra)
+        plan = make_plan(source.weights, config, *extra, instead=instead)
     except UserError as error:
         if "vision_tower" in str(error) and is_original(config):
             raise UserError(f"{error} Pass the CLIP tower's directory as vision_tower.") from None
         raise
+    return config, plan if source.adapter is None else merged(plan, source.adapter, config)
+
+
+def config_of(source: Source, *, dtype: str) -> ModelConfig:
+    """The config of a checkpoint."""
+    found = read_config(
+        source.config, dtype=dtype, vision_tower=source.tower, weights=source.weights
+    )
+    return _with_own_head(source.weights, found)
 
 
 def _with_own_head(directory: pathlib.Path, config: ModelConfig) -> ModelConfig:
@@ -149,9 +223,19 @@ def _resolve_dtype(name: str, directory: pathlib.Path) -> str:
 
 
 def read_config(
-    directory: pathlib.Path, *, dtype: str, vision_tower: pathlib.Path | None = None
+    directory: pathlib.Path,
+    *,
+    dtype: str,
+    vision_tower: pathlib.Path | None = None,
+    weights: pathlib.Path | None = None,
 ) -> ModelConfig:
     """The model config of a directory, whichever family and format it is of.
+
+    Args:
+        directory: of config.json.
+        dtype: of the parameters.
+        vision_tower: of the vision tower, if it has one of its own.
+        weights: of the weights, where they are elsewhere.
 
     Raises:
         UserError: without a config.json, or with one of an unsupported architecture.
@@ -165,6 +249,6 @@ def read_config(
         )
 
     def shapes() -> dict[str, tuple[int, ...]]:
-        return {stored.key: stored.shape for stored in stored_tensors(directory)}
+        return {stored.key: stored.shape for stored in stored_tensors(weights or directory)}
 
     return family.read_config(ModelFiles(directory, fields, dtype, shapes, vision_tower))

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import pathlib
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -29,12 +30,14 @@ class PlannedTensor:
         rule: its parameters' paths and how they lie in it.
         shapes: the parameters' shapes, in the rule's order.
         config: the model's config.
+        change: what becomes of each parameter, by its path, before anything else.
     """
 
     stored: StoredTensor
     rule: Rule
     shapes: tuple[Shape, ...]
     config: ModelConfig
+    change: Callable[[str, np.ndarray], np.ndarray] | None = None
 
     def read(self) -> dict[str, np.ndarray]:
         """Its parameters by path, in this library's layout and the stored dtype.
@@ -54,7 +57,10 @@ class PlannedTensor:
                 "one."
             )
         parameters = self.rule.load(array, self.shapes, self.config)
-        return dict(zip(self.rule.paths, parameters, strict=True))
+        found = dict(zip(self.rule.paths, parameters, strict=True))
+        if self.change is None:
+            return found
+        return {path: self.change(path, array) for path, array in found.items()}
 
 
 # The exponent bits of 16-bit floats: all set in NaN and infinity. Much faster than
@@ -96,7 +102,10 @@ def flat_shapes(config: ModelConfig) -> Shapes:
 
 
 def make_plan(
-    directory: pathlib.Path, config: ModelConfig, *extra: pathlib.Path
+    directory: pathlib.Path,
+    config: ModelConfig,
+    *extra: pathlib.Path,
+    instead: Sequence[StoredTensor] = (),
 ) -> list[PlannedTensor]:
     """Pair every stored tensor with its parameters, or say everything that does not fit.
 
@@ -105,6 +114,7 @@ def make_plan(
         config: the model's config.
         extra: further directories, for the vision tower of an original-format checkpoint;
             only tensors that the model has and `directory` lacks are taken from them.
+        instead: tensors that stand for those in `directory`.
 
     Raises:
         UserError: naming all missing, unknown, doubled and mis-shaped tensors at once.
@@ -116,8 +126,10 @@ def make_plan(
     doubled: list[str] = []
     misshaped: list[str] = []
     head: StoredTensor | None = None
-    for place in (directory, *extra):
-        for stored in stored_tensors(place):
+    given: set[str] = set()
+    sources = [(directory, tuple(instead)), (directory, None), *((place, None) for place in extra)]
+    for place, tensors in sources:
+        for stored in stored_tensors(place) if tensors is None else tensors:
             rule = _rule(table, stored.key, expected)
             if rule is None:
                 head = stored if path_of(table, stored.key) in table.words else head
@@ -127,7 +139,7 @@ def make_plan(
                     unknown.append(stored.key)
                 continue
             if any(path in plan for path in rule.paths):
-                if place == directory:
+                if place == directory and not given & set(rule.paths):
                     doubled.append(stored.key)
                 continue
             if stored.dtype not in FLOATS:
@@ -140,6 +152,8 @@ def make_plan(
             if stored.shape != shape:
                 misshaped.append(f"{stored.key} is {list(stored.shape)}, expected {list(shape)}")
             plan |= dict.fromkeys(rule.paths, PlannedTensor(stored, rule, shapes, config))
+            if tensors is not None:
+                given |= set(rule.paths)
 
     for path in table.words:  # transformers takes either where the two are tied
         if path in expected and path not in plan and head is not None:

@@ -11,7 +11,6 @@ from jaxprune.files import as_path, read_json
 
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")  # as the Hub names them: owner/name
 _POINTER = b"version https://git-lfs"
-_ADAPTERS = ("adapter_config.json", "non_lora_trainables.bin")
 
 
 def existing_directory(directory: object, *, download: bool = False) -> pathlib.Path:
@@ -108,13 +107,6 @@ def what_it_is(directory: pathlib.Path) -> str | None:
         return (
             f"{directory} holds quantised weights ({kind or 'of some kind'}), which are not "
             "supported; get the model as it was before, in 16 or 32 bits."
-        )
-    if names & set(_ADAPTERS):
-        base = _fields(directory / "adapter_config.json").get("base_model_name_or_path")
-        of = f" of {base}" if isinstance(base, str) else ""
-        return (
-            f"{directory} holds an adapter{of}, not a whole model; merge it into its base first "
-            "(PEFT's merge_and_unload, LLaVA's merge_lora_weights.py)."
         )
     if unfinished:
         return f"The download of {directory} was interrupted ({unfinished[0].name}); finish it."

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,11 @@ from jaxprune.checkpoints_convert.files import stored_tensors
 from jaxprune.checkpoints_convert.hub_form import HubForm, hub_form, widen, with_new_rows
 from jaxprune.checkpoints_convert.load import (
     DTYPES,
+    find_source,
     planned,
 )
 from jaxprune.checkpoints_convert.plan import PlannedTensor, cast
-from jaxprune.checkpoints_convert.recognise import existing_directory, explained
+from jaxprune.checkpoints_convert.recognise import explained
 from jaxprune.errors import UserError, check_choice
 from jaxprune.files import new_path, read_json, whole_directory
 from jaxprune.models.family import ModelConfig, is_original
@@ -108,6 +109,7 @@ def convert(
     format: str = "hf",
     verify: bool = True,
     vision_tower: str | pathlib.Path | None = None,
+    adapter: str | pathlib.Path | None = None,
     show_progress: bool | None = None,
 ) -> ConvertReport:
     """Rewrite a checkpoint of any supported spelling as one clean directory, streaming.
@@ -124,6 +126,7 @@ def convert(
             transposition.
         verify: read everything back and compare it with the source, bit by bit.
         vision_tower: directory of the CLIP tower of an original-format checkpoint.
+        adapter: directory of a LoRA adapter, which is merged into the model.
         show_progress: a bar on stderr; None shows it in a terminal.
 
     Raises:
@@ -132,15 +135,16 @@ def convert(
     check_choice("format", format, FORMATS)
     if dtype is not None:
         check_choice("dtype", dtype, DTYPES)
-    source = existing_directory(source)
-    tower = None if vision_tower is None else existing_directory(vision_tower)
+    found = find_source(source, vision_tower, adapter)
     target = new_path(destination, "The destination")
-    with explained(source, tower):
-        config, plan = planned(source, tower, dtype=dtype or "float32")
-        fields = read_json(source / "config.json")
-        files = _companion_files(source)
+    with explained(found.weights, found.tower):
+        config, plan = planned(found, dtype=dtype or "float32")
+        if found.adapter is not None and dtype is None:  # sums are rounded to what they came from
+            plan = [dataclasses.replace(tensor, change=_rounded(tensor)) for tensor in plan]
+        fields = read_json(found.config / "config.json")
+        files = _companion_files(found.weights)
         if is_original(config) and family_of(config).hub_form(config):
-            form = hub_form(source, config)
+            form = hub_form(found.config, config, tokenizer=found.weights)
             stored = fields.get("torch_dtype") or fields.get("dtype") or config.dtype
             fields, files = _config_fields(form, stored), form.files
             plan = widen(plan, form.rows)
@@ -165,6 +169,13 @@ def convert(
         _write_companions(place, fields, files)
         verified = _verify(place, tensors("Verifying")) if verify else 0
     return ConvertReport(tensors=count, bytes=size, verified=verified)
+
+
+def _rounded(tensor: PlannedTensor) -> Callable[[str, np.ndarray], np.ndarray]:
+    """A tensor's change, its result in the dtype of the tensor."""
+    change = tensor.change
+    assert change is not None
+    return lambda path, array: cast(change(path, array), array.dtype.name, path)
 
 
 def _parameters(

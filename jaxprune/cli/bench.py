@@ -12,6 +12,7 @@ from rich.table import Column, Table
 
 import jaxprune
 from jaxprune.cli.options import (
+    AdapterOption,
     DownloadOption,
     DtypeOption,
     JsonOption,
@@ -48,6 +49,7 @@ def bench(
     rounds: Annotated[int, typer.Option(help="After one that compiles.")] = 5,
     model: ModelOption = None,
     vision_tower: TowerOption = None,
+    adapter: AdapterOption = None,
     dtype: DtypeOption = "auto",
     download: DownloadOption = False,
     as_json: JsonOption = False,
@@ -60,7 +62,9 @@ def bench(
     for _, options in chosen:
         check_names(**options)
     images = [picture_of(image or jaxprune.DEMO_IMAGE)] * batch
-    params = jaxprune.load(model, dtype=dtype, vision_tower=vision_tower, download=download)
+    params = jaxprune.load(
+        model, dtype=dtype, vision_tower=vision_tower, adapter=adapter, download=download
+    )
     rows, ceilings = measure.bench(
         params, images, prompt, chosen, new_tokens=new_tokens, rounds=rounds
     )

@@ -12,6 +12,7 @@ from jaxprune import Recipe
 from jaxprune.calibrate import Settings
 from jaxprune.cli import interrupt
 from jaxprune.cli.options import (
+    AdapterOption,
     DownloadOption,
     DtypeOption,
     JsonOption,
@@ -48,6 +49,7 @@ def calibrate(
     ] = None,
     model: ModelOption = None,
     vision_tower: TowerOption = None,
+    adapter: AdapterOption = None,
     dtype: DtypeOption = "auto",
     batch_size: Annotated[int, typer.Option(help="Samples at once.")] = 16,
     seed: Annotated[int, typer.Option(help="Of the Bayesian searches.")] = 0,
@@ -65,7 +67,9 @@ def calibrate(
         "batch_size": batch_size, "seed": seed,
     }  # fmt: skip
     _check(settings, out, plot)
-    params = jaxprune.load(model, dtype=dtype, vision_tower=vision_tower, download=download)
+    params = jaxprune.load(
+        model, dtype=dtype, vision_tower=vision_tower, adapter=adapter, download=download
+    )
     progress = out.with_name(out.name + ".progress")
     interrupt.say_at_the_end("The same command resumes.")
     recipe = jaxprune.calibrate(params, data, progress_file=progress, **settings)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from jaxprune import checkpoints_convert
-from jaxprune.cli.options import NO_VALUE, JsonOption, TowerOption
+from jaxprune.cli.options import NO_VALUE, AdapterOption, JsonOption, TowerOption
 
 
 def convert(
@@ -19,6 +19,7 @@ def convert(
         str, typer.Option(help="hf: what transformers loads. jaxprune: this library's layout.")
     ] = "hf",
     vision_tower: TowerOption = None,
+    adapter: AdapterOption = None,
     verify: Annotated[
         bool, typer.Option(metavar=NO_VALUE, help="Read back and compare bit by bit.")
     ] = True,
@@ -32,6 +33,7 @@ def convert(
         format=format,
         verify=verify,
         vision_tower=vision_tower,
+        adapter=adapter,
     )
     if as_json:
         print(json.dumps({"destination": str(destination), **dataclasses.asdict(report)}))

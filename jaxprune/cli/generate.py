@@ -11,6 +11,7 @@ import jaxprune
 from jaxprune.cli import interrupt, many
 from jaxprune.cli.options import (
     NO_VALUE,
+    AdapterOption,
     DownloadOption,
     DtypeOption,
     ExtraOption,
@@ -68,6 +69,7 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="A string that ends the answer.")] = None,
     raw: Annotated[bool, typer.Option("--raw", metavar=NO_VALUE, help="No chat template.")] = False,
     vision_tower: TowerOption = None,
+    adapter: AdapterOption = None,
     dtype: DtypeOption = "auto",
     download: DownloadOption = False,
     as_json: JsonOption = False,
@@ -90,7 +92,9 @@ def generate(
         assert prompt is not None
         own: list[Any] = [*map(jaxprune.Video, video or []), *map(picture_of, image or [])]
         pictures = [own] if own else None
-        params = jaxprune.load(model, dtype=dtype, vision_tower=vision_tower, download=download)
+        params = jaxprune.load(
+            model, dtype=dtype, vision_tower=vision_tower, adapter=adapter, download=download
+        )
         (answer,) = jaxprune.generate(params, pictures, [prompt], **asked)
         print(json.dumps({"method": method, **answer.as_dict()}) if as_json else answer.text)
         return
@@ -104,7 +108,9 @@ def generate(
     rest = requests[done:]
     if not rest:
         return
-    params = jaxprune.load(model, dtype=dtype, vision_tower=vision_tower, download=download)
+    params = jaxprune.load(
+        model, dtype=dtype, vision_tower=vision_tower, adapter=adapter, download=download
+    )
     answers = jaxprune.generate_many(
         params, rest, batch_size=batch_size, return_errors=True, **asked
     )

@@ -20,6 +20,10 @@ TowerOption = Annotated[
     pathlib.Path | None,
     typer.Option("--vision-tower", help="The CLIP tower's directory, for original-format models."),
 ]
+AdapterOption = Annotated[
+    pathlib.Path | None,
+    typer.Option("--adapter", help="A LoRA adapter's directory, to be merged into the model."),
+]
 DownloadOption = Annotated[
     bool,
     typer.Option(

@@ -8,6 +8,7 @@ from PIL import Image
 
 import jaxprune
 from jaxprune.cli.options import (
+    AdapterOption,
     DownloadOption,
     DtypeOption,
     ExtraOption,
@@ -42,6 +43,7 @@ def show(
     keep_rate: KeepRateOption = None,
     option: ExtraOption = None,
     vision_tower: TowerOption = None,
+    adapter: AdapterOption = None,
     dtype: DtypeOption = "auto",
     download: DownloadOption = False,
 ) -> None:
@@ -53,7 +55,9 @@ def show(
         **method_options(option, kept_over_depth, keep=keep, save=save, keep_rate=keep_rate),
     }
     check_names(**pruning)
-    params = jaxprune.load(model, dtype=dtype, vision_tower=vision_tower, download=download)
+    params = jaxprune.load(
+        model, dtype=dtype, vision_tower=vision_tower, adapter=adapter, download=download
+    )
     picture = kept_over_depth(params, drawn, prompt, layers=chosen, **pruning)
     _write(picture, out)
     note(f"{out}: {picture.width} x {picture.height} pixels.")

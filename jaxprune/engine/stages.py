@@ -91,7 +91,7 @@ class Read(NamedTuple):
 def encode(
     params: Arrays,
     pixels: Float[Array, "F H W 3"],
-    frames: Frames,
+    frames: Frames | None = None,
     *,
     config: ModelConfig,
     signals: frozenset[Signal],

@@ -117,13 +117,16 @@ class Processor:
         return bos is not None and self.ids_of("a", add_special_tokens=True)[:1] == [bos]
 
 
-def load_processor(directory: pathlib.Path, config: ModelConfig) -> Processor:
+def load_processor(
+    directory: pathlib.Path, config: ModelConfig, *, tokenizer: pathlib.Path | None = None
+) -> Processor:
     """Tokenizer, image processor and chat template of a model directory.
 
     Args:
         directory: the model's directory. Nothing in it is executed: `trust_remote_code`
             is off, and templates run in Jinja's sandbox.
         config: the model's, whose family says what the directory does not.
+        tokenizer: the tokenizer's directory, if it is another one.
 
     Raises:
         UserError: when a part is missing or damaged.
@@ -132,7 +135,8 @@ def load_processor(directory: pathlib.Path, config: ModelConfig) -> Processor:
     path = directory / "config.json"
     fields = read_json(path) if path.is_file() else {}
     kind = _kind_of(fields, config)
-    tokenizer = _tokenizer(directory, kind, original=original)
+    words = directory if tokenizer is None else tokenizer
+    known = _tokenizer(words, kind, original=original)
     if original:
         pad = fields.get("image_aspect_ratio") == "pad"
         image_processor = family.image_processor(config, pad=pad)
@@ -140,26 +144,26 @@ def load_processor(directory: pathlib.Path, config: ModelConfig) -> Processor:
         image_processor = _image_processor(directory, kind)
     end = family.prompts.end(fields) if original else None
     if end is None:
-        ends = _eos_token_ids(directory, tokenizer)
-    elif end in tokenizer.get_vocab():
-        ends = (tokenizer.get_vocab()[end],)
+        ends = _eos_token_ids(words, known)
+    elif end in known.get_vocab():
+        ends = (known.get_vocab()[end],)
     else:
         raise UserError(
-            f"The tokenizer of {directory} has no token {end!r}, with which the model ends its "
+            f"The tokenizer of {words} has no token {end!r}, with which the model ends its "
             "answers; it is of another model."
         )
     return Processor(
-        tokenizer=tokenizer,
+        tokenizer=known,
         image_processor=image_processor,
-        template=_chat_template(directory, tokenizer, family, fields, original=original),
+        template=_chat_template(words, known, family, fields, original=original),
         eos_token_ids=ends,
-        directory=directory,
+        directory=words,
         around_images=family.prompts.around_images,
         image_token=family.prompts.image_token,
         video_token=family.prompts.video_token,
         image_arguments=functools.partial(family.image_arguments, config),
         videos=family.videos,
-        defaults=_generation_defaults(directory),
+        defaults=_generation_defaults(words),
     )
 
 

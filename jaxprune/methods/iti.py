@@ -58,6 +58,7 @@ class Iti:
     side: ClassVar[str] = "vision and decoder"
     paper: ClassVar[str] = "Image-text interaction pruning, arXiv 2409.01162"
     summary: ClassVar[str] = "cut the long tail of CLS attention, then what the text ignores"
+    signals: ClassVar[frozenset[Signal]] = frozenset({CLS_ATTENTION})
 
     def __post_init__(self) -> None:
         self.plan()  # both stages check their options

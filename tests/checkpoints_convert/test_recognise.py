@@ -4,6 +4,7 @@ import json
 import shutil
 
 import huggingface_hub
+import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
@@ -26,8 +27,12 @@ def adapter(directory):
     (directory / "model.safetensors").unlink()
     (directory / "config.json").unlink()
     (directory / "adapter_config.json").write_text(
-        json.dumps({"base_model_name_or_path": "llava-hf/llava-1.5-7b-hf"})
+        json.dumps(
+            {"peft_type": "LORA", "r": 2, "base_model_name_or_path": "llava-hf/llava-1.5-7b-hf"}
+        )
     )
+    weights = {f"base_model.model.x.lora_{x}.weight": np.zeros((2, 2), np.float32) for x in "AB"}
+    save_file(weights, directory / "adapter_model.safetensors")
 
 
 def lora_output(directory):
@@ -57,8 +62,11 @@ CASES = {
     "fp8": (quantised("fp8"), r"quantised weights \(fp8\)"),
     "pointer to weights": (pointer("model.safetensors"), "Git LFS pointer.*git lfs pull"),
     "pointer to a tokenizer": (pointer("tokenizer.json"), "tokenizer.json .* Git LFS pointer"),
-    "adapter": (adapter, "an adapter of llava-hf/llava-1.5-7b-hf, not a whole model"),
-    "LLaVA's LoRA": (lora_output, "an adapter, not a whole model"),
+    "adapter": (adapter, "an adapter whose base is not here: llava-hf/llava-1.5-7b-hf"),
+    "LLaVA's LoRA": (
+        lora_output,
+        "has no adapter_config.json; expected the directory of an adapter",
+    ),
     "interrupted": (interrupted, "was interrupted .*incomplete"),
     "empty weights": (empty("model.safetensors"), "model.safetensors in .* is empty"),
     "empty config": (empty("config.json"), "config.json in .* is empty"),

@@ -55,7 +55,7 @@ def test_options_reach_the_function(run, monkeypatch, scene, white_image):
     options += " --stop x --stop y --max-new-tokens 5 --temperature 0.5 --top-k 3 --top-p 0.9"
     options += " --seed 7 --raw --method iti --option c=2"
     assert "enough" in run("generate", *options.split()).err
-    loading = {"dtype": "float32", "vision_tower": None, "download": False}
+    loading = {"dtype": "float32", "vision_tower": None, "adapter": None, "download": False}
     assert asked["load"] == ("m", loading)
     (model, images, prompts), fields = asked["generate"]
     assert (model, prompts) == ("the model", ["What?"])

@@ -53,3 +53,16 @@ def test_convert_as_json_without_reading_back(source, run, tmp_path):
 )
 def test_mistakes(arguments, message, refused):
     assert message in refused("convert", *arguments)
+
+
+def test_methods_of_a_model(run, source):
+    listed = json.loads(run("methods", "--model", "llava-hr-7b", "--json").out)
+    rows = {row["name"]: row for row in listed}
+    assert rows["prumerge"]["reads"] == {"cls_attention": "received_attention", "keys": "keys"}
+    assert rows["fitprune"]["recipes"] == [0.4, 0.6] and rows["fastv"]["recipes"] == []
+    curves = json.loads(run("methods", "--model", "internvl2-8b", "--json").out)
+    (gsearch,) = (row for row in curves if row["name"] == "gsearch")
+    assert gsearch["recipes"] == [0.4277] and gsearch["refused"] is None
+    table = run("methods", "--model", "llava-hr-7b").out
+    assert "received" in table
+    assert "received" not in run("methods", "--model", source).out
