@@ -12,12 +12,13 @@ import pytest
 import jaxprune
 from jaxprune.checkpoints_convert.plan import flat_shapes
 from jaxprune.engine.cost import estimate
+from jaxprune.inputs.pixels import pixel_values
 from jaxprune.inputs.prompts import as_messages, render
 from jaxprune.inputs.request import make_request
 from jaxprune.models.internvit.modeling import merge_squares
 from jaxprune.models.internvl.config import PRESETS, InternVLConfig
 from jaxprune.models.internvl.publisher import published_config
-from jaxprune.models.registry import table_of
+from jaxprune.models.registry import family_of, table_of
 from jaxprune.ops.tiles import VisualSize
 from tests import builders
 from tests.cases import picture
@@ -300,3 +301,35 @@ def test_tiles_are_the_image_processors(tmp_path):
     )
     assert answer.visual_tokens == [48]
     assert jax.tree.all(jax.tree.map(lambda x: x.dtype == np.float32, params.arrays))
+
+
+@pytest.mark.parametrize("most", [12, 6])
+def test_tiles_of_many_sizes(rng, most):
+    """As many as the image processor of transformers makes, and the same pixels."""
+    config = dataclasses.replace(InternVLConfig(), max_tiles=most)
+    theirs = family_of(config).image_processor(config, pad=False)
+    area, ratio = np.exp(rng.uniform(2, 14, 300)), np.exp(rng.uniform(-3, 3, 300))
+    for width, height in np.stack([np.sqrt(area * ratio), np.sqrt(area / ratio)], 1).astype(int):
+        size = VisualSize(max(1, int(height)), max(1, int(width)))
+        expected = theirs.get_number_of_image_patches(size.height, size.width)
+        assert config.tiling(size).tiles == expected, size
+
+
+def test_pixels_are_those_of_transformers(tmp_path):
+    """Of a directory of the Hub, whose file leaves the cutting to the processor's class."""
+    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import (
+        GotOcr2ImageProcessorPil,
+    )
+
+    builders.write_directory(tmp_path / "m", builders.tiny_internvl_config())
+    params = jaxprune.load(tmp_path / "m")
+    mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    side = {"height": 64, "width": 64}
+    theirs = GotOcr2ImageProcessorPil(
+        size=side, image_mean=mean, image_std=std, crop_to_patches=True, max_patches=4
+    )
+    for i, size in enumerate([(64, 64), (40, 50), (30, 200), (200, 30), (5, 9), (300, 310)]):
+        image = picture(i, size)
+        expected = np.stack(theirs(np.asarray(image))["pixel_values"]).transpose(0, 2, 3, 1)
+        found = pixel_values(params.processor, [image], params.config)
+        np.testing.assert_array_equal(found, expected.astype(np.float32))

@@ -3,6 +3,7 @@
 import functools
 
 import chex
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -15,7 +16,10 @@ from jaxprune import checkpoints_convert  # noqa: E402
 from jaxprune.engine.answer import answers_of  # noqa: E402
 from jaxprune.inputs.pixels import pixel_values  # noqa: E402
 from jaxprune.inputs.request import make_request  # noqa: E402
+from jaxprune.models.llama.modeling import text_tokens  # noqa: E402
+from jaxprune.models.registry import family_of  # noqa: E402
 from jaxprune.ops.tiles import VisualSize  # noqa: E402
+from jaxprune.ops.visual import Signal  # noqa: E402
 from tests.builders import INTERNVL_TOKENS, PUBLISHED, start  # noqa: E402
 from tests.cases import FEW  # noqa: E402
 from tests.oracle import builders  # noqa: E402
@@ -111,3 +115,67 @@ def test_the_publishers_form(name, pairs, rng, tmp_path):
         ]
         assert rows[0].pieces == rows[1].pieces
         assert params.processor.eos_token_ids == again.processor.eos_token_ids
+
+
+def torch_logits(model, ids):
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([ids])).logits[0].numpy()
+
+
+def our_logits(params, rows):
+    """Logits of rows of text, padded into one batch."""
+    family, config = family_of(params.config), params.config
+    longest = max(map(len, rows))
+    ids = jnp.array([[*row, *[0] * (longest - len(row))] for row in rows], jnp.int32)
+    tokens = text_tokens(family.embed_text(params.arrays, config, ids))
+    valid = jnp.arange(longest) < jnp.array([[len(row)] for row in rows])
+    prefilled = family.prefill(params.arrays, config, tokens._replace(valid=valid), new_slots=0)
+    found = np.asarray(family.logits(params.arrays, config, prefilled.tokens.x))
+    return [x[: len(row)] for x, row in zip(found, rows, strict=True)]
+
+
+def test_longrope_around_its_switch(pairs, rng):
+    """The long factors act beyond 16 positions, for each row by itself; the short ones up to it."""
+    model, params = pairs("phi3")
+    rows = [rng.integers(5, 512, size=n).tolist() for n in (5, 15, 16, 17, 40)]
+    alone = [our_logits(params, [row])[0] for row in rows]
+    for row, found in zip(rows, alone, strict=True):
+        chex.assert_trees_all_close(found, torch_logits(model, row), atol=1e-4)
+    chex.assert_trees_all_close(our_logits(params, rows), alone, atol=1e-4)
+    # The switch is not without effect: the same tokens in a longer row.
+    longer = our_logits(params, [[*rows[2], *rows[1]]])[0][:16]
+    assert np.abs(longer - alone[2]).max() > 1e-2
+
+
+@pytest.mark.parametrize("name", ["qwen2", "InternViT-6B"])
+def test_signals_of_merged_patches(name, pairs, rng):
+    """Attention summed over the patches of a token after the softmax, keys side by side."""
+    model, params = pairs(name)
+    pixels = rng.normal(size=(2, 3, 32, 32)).astype(np.float32)
+    tower = model.model.vision_tower
+    with torch.no_grad():
+        x = torch.from_numpy(pixels)
+        states = [tower.embeddings(x)]
+        for layer in tower.encoder.layer:
+            states.append(layer(states[-1]))
+        last = tower.encoder.layer[-1]
+        y, attention = last.layernorm_before(states[-2]), last.attention
+        q = attention.q_norm(attention.q_proj(y))
+        k = attention.k_norm(attention.k_proj(y))
+        cls = torch.softmax(q[:, :1] @ k.transpose(1, 2) / 32**0.5, -1)[:, 0, 1:]
+
+    def merged(patches):  # 4 x 4 patches -> 2 x 2 tokens
+        C = patches.shape[-1]
+        squares = patches.reshape(2, 2, 2, 2, 2, C).permute(0, 1, 3, 2, 4, 5)
+        return squares.reshape(2, 4, 4 * C)
+
+    expected = {
+        Signal("features"): merged(states[-1][:, 1:]),
+        Signal("cls_attention", heads="joined"): merged(cls[..., None]).sum(-1),
+        Signal("keys", heads="joined"): merged(k[:, 1:]),
+    }
+    found = family_of(params.config).encode(
+        params.arrays, params.config, jnp.asarray(pixels.transpose(0, 2, 3, 1)), frozenset(expected)
+    )
+    wanted = {signal: x.numpy() for signal, x in expected.items()}
+    chex.assert_trees_all_close(found.signals, wanted, atol=1e-4)
