@@ -25,6 +25,7 @@ import warnings
 import numpy as np
 from PIL import Image
 from rich.progress import track
+from safetensors.numpy import save_file
 
 import jaxprune
 from jaxprune.calibrate import Sample, calibrate
@@ -171,6 +172,19 @@ class Fuzzer:
             calibrate(self.model, samples, method="fitprune", save=0.3), self.recipe
         )
         self.samples = samples
+        self.families = []
+        made = {
+            "internvl": builders.tiny_internvl_config(),
+            "hr": builders.tiny_hr_config(),
+            "video": builders.tiny_video_config(),
+            "temporal": builders.tiny_video_config(temporal=True),
+            "next": builders.tiny_next_config(),
+        }
+        for name, config in made.items():
+            builders.write_directory(folder / name, config)
+            self.families.append(folder / name)
+        self.families.append(builders.write_published_internvl(folder / "published"))
+        self.seeing = jaxprune.load(folder / "temporal")
 
     def kinds(self):
         return {
@@ -215,10 +229,10 @@ class Fuzzer:
             return_errors=odd.random.random() < 0.7,
         ))  # fmt: skip
 
-    def _changed(self, odd, name):
+    def _changed(self, odd, name, whole=None):
         directory = self.folder / "changed"
         shutil.rmtree(directory, ignore_errors=True)
-        shutil.copytree(self.whole, directory)
+        shutil.copytree(whole or self.whole, directory)
         path = directory / name
         if odd.random.random() < 0.3:
             path.write_bytes(odd.damaged(path.read_bytes()))
@@ -230,6 +244,54 @@ class Fuzzer:
         directory = self._changed(odd, "config.json")
         estimate(jaxprune.read_config(directory))
         self._used(directory)
+
+    def of_families(self, odd):
+        whole = odd.random.choice(self.families)
+        names = [path.name for path in whole.iterdir() if path.suffix == ".json"]
+        often = "config.json" if odd.random.random() < 0.7 else odd.random.choice(names)
+        directory = self._changed(odd, often, whole)
+        estimate(jaxprune.read_config(directory))
+        self._used(directory)
+
+    def of_adapters(self, odd):
+        directory = self.folder / "changed adapter"
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir()
+        fields = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["o_proj"],
+                  "base_model_name_or_path": str(self.whole)}  # fmt: skip
+        fields = odd.changed(fields) if odd.random.random() < 0.8 else fields
+        (directory / "adapter_config.json").write_text(json.dumps(fields))
+        key = "base_model.model.model.language_model.layers.0.self_attn.o_proj.lora_{}.weight"
+        other = odd.text().encode(errors="replace").decode()
+        sizes = [odd.random.choice([2, 48, 1]), odd.random.choice([2, 2, 3])]
+        factors = {key.format("A"): np.ones((2, 48), np.float32),
+                   key.format("B"): np.ones((48, sizes[1]), np.float32),
+                   other or "x": np.ones(sizes, np.float32)}  # fmt: skip
+        if odd.random.random() < 0.5:
+            del factors[list(factors)[-1]]
+        save_file(factors, directory / "adapter_model.safetensors")
+        if odd.random.random() < 0.3:
+            path = directory / "adapter_model.safetensors"
+            path.write_bytes(odd.damaged(path.read_bytes()))
+        jaxprune.load(self.whole, adapter=directory)
+
+    def of_videos(self, odd):
+        path = self.folder / "odd video"
+        if odd.random.random() < 0.3:
+            file = io.BytesIO()
+            frames = [picture(i) for i in range(odd.random.randrange(1, 5))]
+            frames[0].save(file, "GIF", save_all=True, append_images=frames[1:])
+            content = file.getvalue()
+            path.write_bytes(odd.damaged(content) if odd.random.random() < 0.5 else content)
+            video = jaxprune.Video(path)
+        else:
+            video = jaxprune.Video(odd.random.choice([
+                odd.value(), [odd.image() for _ in range(odd.random.randrange(3))]
+            ]))  # fmt: skip
+        prompts = ["What?", "<video>What?", "<image>?", "<video> <video>", odd.text()]
+        prompt = odd.random.choice(prompts)
+        model = odd.random.choice([self.seeing, self.seeing, self.model])
+        jaxprune.generate(model, video, prompt, max_new_tokens=1, buckets=FEW)
 
     def of_other_files(self, odd):
         names = ["preprocessor_config.json", "processor_config.json", "generation_config.json",
