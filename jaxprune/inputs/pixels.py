@@ -1,5 +1,6 @@
 """RGB images -> the pixels that a vision tower takes."""
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,13 @@ def size_of(image: Visual) -> VisualSize:
     frames = len(image.frames) if isinstance(image, Clip) else getattr(image, "frames", 1)
     most = 1 if isinstance(image, Frame) else None
     return VisualSize(image.height, image.width, frames, most)
+
+
+def _without_old_names(image_processor: Any) -> dict[str, Any]:
+    """What makes an image processor call pixels "pixel_values", where it would not."""
+    name = "return_legacy_image_output"  # Video-LLaVA's, up to transformers 5.2x
+    known = inspect.signature(image_processor.preprocess).parameters
+    return {name: False} if name in known else {}
 
 
 def _whole_numbers(fields: Any) -> Iterator[int]:
@@ -94,6 +102,7 @@ def _tiles(
                 np.asarray(image),
                 input_data_format="channels_last",
                 **processor.image_arguments(visual),
+                **_without_old_names(processor.image_processor),
             )
         found = np.asarray(made["pixel_values"], np.float32)
         found = np.moveaxis(found.reshape(-1, *found.shape[-3:]), 1, -1)

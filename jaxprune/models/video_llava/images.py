@@ -21,7 +21,8 @@ def processor_files(config: VideoLlavaConfig, *, do_pad: bool = False) -> dict[s
         File names and what JSON they hold.
     """
     del do_pad
-    files = described(config, {"image_processor_type": "CLIPImageProcessor"}, "VideoLlavaProcessor")
+    own = {"image_processor_type": "VideoLlavaImageProcessor"}
+    files = described(config, own, "VideoLlavaProcessor")
     video = {**files["preprocessor_config.json"], "processor_class": "VideoLlavaProcessor"}
     del video["image_processor_type"]
     video["video_processor_type"] = "VideoLlavaVideoProcessor"
