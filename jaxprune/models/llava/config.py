@@ -41,7 +41,11 @@ class LlavaConfig:
                 f"{_WHERE} has multimodal_projector_bias={self.multimodal_projector_bias!r}; "
                 "expected true or false."
             )
-        layers = self.vision_config.num_hidden_layers
+        layers, own = self.vision_config.num_hidden_layers, self.vision_feature_layer
+        if not all(type(index) is int for index in (own if isinstance(own, tuple) else (own,))):
+            raise UserError(
+                f"{_WHERE} has vision_feature_layer={own!r}; expected a whole number or several."
+            )
         for index in self.feature_layers:
             if not -layers - 1 <= index <= layers:
                 raise UserError(
