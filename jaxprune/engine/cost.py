@@ -149,9 +149,10 @@ def estimate(
         UserError: for numbers out of range, a method that does not fit the model, or one that
             decides by the image where `visual_tokens` is None.
     """
-    for name, value in (("text_tokens", text_tokens), ("visual_tokens", visual_tokens)):
-        if name == "visual_tokens" and value is None:
-            continue
+    given = {"text_tokens": text_tokens}
+    if visual_tokens is not None:
+        given["visual_tokens"] = visual_tokens
+    for name, value in given.items():
         if not (is_whole(value) and 0 <= value <= MOST_TOKENS):
             raise UserError(f"{name} is {value!r}; expected a number from 0 to {MOST_TOKENS:,}.")
     family_of(config)  # refuses what is no config

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import zlib
 
 import chex
 import jax.numpy as jnp
@@ -24,28 +23,6 @@ from tests.methods import builders as tiles
 from tests.methods import reference
 
 SIZES = [(60, 60), (90, 30), (30, 100), (33, 31), (7, 120), (500, 400)]  # width, height
-METHODS = {
-    **{
-        name: options
-        for name, options in cases.METHODS.items()
-        if name not in ("adaptive pair", "prumerge fixed", "prumerge_plus fixed")
-    },
-    "prumerge fixed": {"method": "prumerge", "keep": 14},
-    "prumerge_plus fixed": {"method": "prumerge_plus", "keep": 15},
-    "fitprune": {"deletions": (30, 20, 10), "num_tokens": 88},
-}
-
-
-def options_of(name):
-    return cases.options_of(name, METHODS)
-
-
-def random_sizes(name, number):
-    """Widths and heights, of any aspect ratio up to 1:12; others for every name."""
-    rng = np.random.default_rng(zlib.crc32(name.encode()))
-    area, ratio = rng.uniform(300, 40000, number), 12 ** rng.uniform(-1, 1, number)
-    sides = np.stack([np.sqrt(area * ratio), np.sqrt(area / ratio)], axis=1)
-    return [(max(8, int(width)), max(8, int(height))) for width, height in sides]
 
 
 def picture(seed, size):

@@ -59,11 +59,12 @@ def assert_same_model(found, expected):
     chex.assert_trees_all_close(found.arrays, expected.arrays, atol=1e-5)
 
 
-@pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("family", MODELS)
+# Settings do not depend on the family.
+CASES = [*((family, "plain") for family in MODELS), *(("llava", name) for name in SETTINGS)][1:]
+
+
+@pytest.mark.parametrize("family, settings", CASES)
 def test_pefts_merge(family, settings, tmp_path):
-    if family != "llava" and settings != "plain":
-        pytest.skip("settings do not depend on the family")
     model = MODELS[family]()
     base = builders.save(model, tmp_path / "base")
     before = jaxprune.load(base, dtype="float32")

@@ -12,11 +12,11 @@ from jaxprune.models.config import (
     require_types,
     without_nulls,
 )
-from jaxprune.models.vit.config import check_sizes, splits
+from jaxprune.models.vit.config import VitSizes, check_sizes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ClipVisionConfig:
+class ClipVisionConfig(VitSizes):
     """A CLIP ViT; the defaults are ViT-L/14 at 336 pixels, the tower of LLaVA-1.5."""
 
     hidden_size: int = 1024
@@ -32,19 +32,6 @@ class ClipVisionConfig:
     def __post_init__(self) -> None:
         require_types(self, "The CLIP vision config")
         check_sizes(self, "The CLIP vision config", most_patches=MOST_PATCHES)
-
-    @property
-    def grid_size(self) -> int:
-        """Patches along one side of the image."""
-        return self.image_size // self.patch_size
-
-    @property
-    def num_patches(self) -> int:
-        return self.grid_size**2
-
-    def mesh_splits(self) -> dict[str, int]:
-        """What a mesh's "model" axis has to divide."""
-        return splits(self)
 
     @classmethod
     def from_hf(cls, fields: Mapping[str, Any], *, dtype: str = "float32") -> "ClipVisionConfig":

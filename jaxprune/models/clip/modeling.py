@@ -6,11 +6,11 @@ from typing import ClassVar
 import flax.linen as nn
 from jaxtyping import Array, Float
 
-from jaxprune.models.activations import ACTIVATIONS
 from jaxprune.models.clip.config import ClipVisionConfig
 from jaxprune.models.vit.modeling import (
     Layer,
     VisionTransformer,
+    VitMLP,
     split_heads,
     split_patches,
     with_cls,
@@ -34,18 +34,6 @@ class ClipAttention(nn.Module):
         return self.out_proj(full_attention(q, k, v).swapaxes(1, 2).reshape(x.shape))
 
 
-class ClipMLP(nn.Module):
-    config: ClipVisionConfig
-
-    def setup(self) -> None:
-        c = self.config
-        self.fc1 = nn.Dense(c.intermediate_size, dtype=c.dtype, param_dtype=c.dtype)
-        self.fc2 = nn.Dense(c.hidden_size, dtype=c.dtype, param_dtype=c.dtype)
-
-    def __call__(self, x: Float[Array, "F S C"]) -> Float[Array, "F S C"]:
-        return self.fc2(ACTIVATIONS[self.config.hidden_act](self.fc1(x)))
-
-
 def layer_norm(config: ClipVisionConfig) -> nn.LayerNorm:
     """LayerNorm as CLIP has it."""
     # The two-pass variance: Flax's one-pass default loses digits that PyTorch keeps.
@@ -64,7 +52,7 @@ class ClipLayer(nn.Module):
         self.layer_norm1 = layer_norm(self.config)
         self.self_attn = ClipAttention(self.config)
         self.layer_norm2 = layer_norm(self.config)
-        self.mlp = ClipMLP(self.config)
+        self.mlp = VitMLP(self.config)
 
     def __call__(self, x: Float[Array, "F S C"]) -> Float[Array, "F S C"]:
         x = x + self.self_attn(self.layer_norm1(x))

@@ -13,7 +13,7 @@ from jaxprune.models.config import (
     require_types,
     without_nulls,
 )
-from jaxprune.models.vit.config import check_sizes, splits
+from jaxprune.models.vit.config import VitSizes, check_sizes
 
 _WHERE = "The InternViT config"
 NORMS = ("layer_norm", "rms_norm")
@@ -34,7 +34,7 @@ _PUBLISHER = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class InternVitConfig:
+class InternVitConfig(VitSizes):
     """An InternViT; the defaults are those of `transformers`, InternViT-300M without biases."""
 
     hidden_size: int = 1024
@@ -53,19 +53,6 @@ class InternVitConfig:
     def __post_init__(self) -> None:
         require_types(self, _WHERE)
         check_sizes(self, _WHERE, most_patches=MOST_PATCHES)
-
-    @property
-    def grid_size(self) -> int:
-        """Patches along one side of the image."""
-        return self.image_size // self.patch_size
-
-    @property
-    def num_patches(self) -> int:
-        return self.grid_size**2
-
-    def mesh_splits(self) -> dict[str, int]:
-        """What a mesh's "model" axis has to divide."""
-        return splits(self)
 
     @classmethod
     def from_hf(cls, fields: Mapping[str, Any], *, dtype: str = "float32") -> "InternVitConfig":

@@ -10,11 +10,11 @@ from typing import Any
 import flax.linen as nn
 from jaxtyping import Array, Float
 
-from jaxprune.models.activations import ACTIVATIONS
 from jaxprune.models.internvit.config import InternVitConfig
 from jaxprune.models.vit.modeling import (
     Layer,
     VisionTransformer,
+    VitMLP,
     split_heads,
     split_patches,
     with_cls,
@@ -66,18 +66,6 @@ class InternVitAttention(nn.Module):
         return self.out_proj(full_attention(q, k, v).swapaxes(1, 2).reshape(x.shape))
 
 
-class InternVitMLP(nn.Module):
-    config: InternVitConfig
-
-    def setup(self) -> None:
-        c = self.config
-        self.fc1 = nn.Dense(c.intermediate_size, dtype=c.dtype, param_dtype=c.dtype)
-        self.fc2 = nn.Dense(c.hidden_size, dtype=c.dtype, param_dtype=c.dtype)
-
-    def __call__(self, x: Float[Array, "F S C"]) -> Float[Array, "F S C"]:
-        return self.fc2(ACTIVATIONS[self.config.hidden_act](self.fc1(x)))
-
-
 class InternVitLayer(nn.Module):
     config: InternVitConfig
 
@@ -85,7 +73,7 @@ class InternVitLayer(nn.Module):
         c = self.config
         self.layer_norm1, self.layer_norm2 = norm(c), norm(c)
         self.self_attn = InternVitAttention(c)
-        self.mlp = InternVitMLP(c)
+        self.mlp = VitMLP(c)
         begin = nn.initializers.constant(0.1)
         self.scale1 = self.param("scale1", begin, (c.hidden_size,), c.dtype)
         self.scale2 = self.param("scale2", begin, (c.hidden_size,), c.dtype)

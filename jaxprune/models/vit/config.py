@@ -1,7 +1,6 @@
 """A vision transformer's sizes, as the rest of the library asks for them."""
 
 import dataclasses
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -10,28 +9,32 @@ from jaxprune.ops.attention import limits, scratch_bytes
 from jaxprune.ops.visual import Signal
 
 
-@runtime_checkable  # so that the tests can check it
-class VitSizes(Protocol):
-    """What a tower's own config says."""
+class VitSizes:
+    """What the configs of towers over patches have in common; they are dataclasses of these."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    image_size: int
+    patch_size: int
+    dtype: str
 
     @property
-    def hidden_size(self) -> int: ...
+    def grid_size(self) -> int:
+        """Patches along one side of the image."""
+        return self.image_size // self.patch_size
+
     @property
-    def intermediate_size(self) -> int: ...
-    @property
-    def num_hidden_layers(self) -> int: ...
-    @property
-    def num_attention_heads(self) -> int: ...
-    @property
-    def image_size(self) -> int: ...
-    @property
-    def patch_size(self) -> int: ...
-    @property
-    def grid_size(self) -> int: ...
-    @property
-    def num_patches(self) -> int: ...
-    @property
-    def dtype(self) -> str: ...
+    def num_patches(self) -> int:
+        return self.grid_size**2
+
+    def mesh_splits(self) -> dict[str, int]:
+        """What a mesh's "model" axis has to divide."""
+        return {
+            "attention heads of the vision tower": self.num_attention_heads,
+            "MLP features of the vision tower": self.intermediate_size,
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,11 +114,3 @@ def check_sizes(config: VitSizes, where: str, *, most_patches: int) -> None:
             f"{where} has {config.num_patches:,} patches in an image; expected at most "
             f"{most_patches:,}."
         )
-
-
-def splits(config: VitSizes) -> dict[str, int]:
-    """What a mesh's "model" axis has to divide."""
-    return {
-        "attention heads of the vision tower": config.num_attention_heads,
-        "MLP features of the vision tower": config.intermediate_size,
-    }

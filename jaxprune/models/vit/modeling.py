@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxprune.models.activations import ACTIVATIONS
 from jaxprune.ops.visual import Signal, VisionOutput
 
 
@@ -26,6 +27,20 @@ class Layer(Protocol):
         self, x: Float[Array, "F S C"], *, everybody: bool
     ) -> tuple[Float[Array, "F Q C"], Float[Array, "F S C"]]:
         """The first token's query or everybody's, and all keys, as attention takes them."""
+
+
+class VitMLP(nn.Module):
+    """The MLP of a layer."""
+
+    config: Any
+
+    def setup(self) -> None:
+        c = self.config
+        self.fc1 = nn.Dense(c.intermediate_size, dtype=c.dtype, param_dtype=c.dtype)
+        self.fc2 = nn.Dense(c.hidden_size, dtype=c.dtype, param_dtype=c.dtype)
+
+    def __call__(self, x: Float[Array, "F S C"]) -> Float[Array, "F S C"]:
+        return self.fc2(ACTIVATIONS[self.config.hidden_act](self.fc1(x)))
 
 
 class VisionTransformer(nn.Module):
