@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
 
 import jaxprune
@@ -43,6 +44,15 @@ FEW = jaxprune.Buckets(
 def options_of(name, methods=METHODS):
     """A case as keyword arguments of `generate`."""
     return {"method": name, **methods[name]}
+
+
+def mostly_slow(values, quick):
+    """Cases of which all but the quick ones are among the longer checks."""
+    slow = ((x if isinstance(x, tuple) else (x,)) for x in values if x not in quick)
+    return [
+        *(x for x in values if x in quick),
+        *(pytest.param(*x, marks=pytest.mark.slow) for x in slow),
+    ]
 
 
 def picture(seed, size=(40, 50)):

@@ -65,14 +65,8 @@ def model(request, tmp_path_factory):
     return jaxprune.load(directory)
 
 
-# Each kind of method; the rest of the matrix is among the longer checks.
-KINDS = ("none", "prumerge", "prumerge_plus fixed", "fitprune", "fastv", "pair")
-
-
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=[] if n in KINDS else pytest.mark.slow) for n in METHODS],
-)
+# A method of each side and a pair; the rest of the matrix is among the longer checks.
+@pytest.mark.parametrize("name", cases.mostly_slow(METHODS, ["prumerge", "fitprune", "pair"]))
 def test_a_row_is_the_same_alone_and_in_a_batch(name, model):
     images = pictures_of(model, [SIZES[4], *random_sizes(name, 4)])
     prompts = ["What?", "Where is the red circle, and why?", "a b c", "Is there a star?", "Hm"]
@@ -83,8 +77,10 @@ def test_a_row_is_the_same_alone_and_in_a_batch(name, model):
         chex.assert_trees_all_close(batch.first_logits[i], alone.first_logits[0], atol=1e-4)
 
 
-@pytest.mark.parametrize("which", [0, pytest.param(1, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", ["random", "uniform", "fitprune", "gsearch"])
+@pytest.mark.parametrize("which", cases.mostly_slow([0, 1], [0]))
+@pytest.mark.parametrize(
+    "name", cases.mostly_slow(["random", "uniform", "fitprune", "gsearch"], ["uniform", "gsearch"])
+)
 def test_keeping_everything_is_no_pruning(name, which, model):
     image = pictures_of(model, random_sizes(f"{name} everything", 2))[which]
     plain = start(model, image, "What is it?", buckets=FEW)
@@ -112,7 +108,7 @@ def test_a_stream_joins_to_the_answer(name, model):
     assert streamed.strip() == details.text
 
 
-@pytest.mark.parametrize("name", ["fitprune", "pair"])
+@pytest.mark.parametrize("name", cases.mostly_slow(["fitprune", "pair"], ["fitprune"]))
 def test_gather_equals_mask(name, model):
     images = pictures_of(model, random_sizes(f"{name} gather", 4))
     gather, mask = (
@@ -123,7 +119,7 @@ def test_gather_equals_mask(name, model):
     chex.assert_trees_all_close(gather.first_logits, mask.first_logits, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["prumerge", "fastv", "none"])
+@pytest.mark.parametrize("name", cases.mostly_slow(["prumerge", "fastv", "none"], ["prumerge"]))
 def test_show_draws_the_whole_and_the_tiles(name, model):
     sheet = kept_over_depth(
         model, cases.picture(3, (30, 90)), "What?", side=120, **options_of(name)

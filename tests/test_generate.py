@@ -9,7 +9,7 @@ from jaxprune.inputs.prompts import as_messages, render
 from jaxprune.models.registry import family_of
 from tests import builders
 from tests.builders import start
-from tests.cases import FEW, METHODS, options_of, picture
+from tests.cases import FEW, METHODS, mostly_slow, options_of, picture
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +18,10 @@ def five():
     return [picture(i) for i in range(5)], prompts
 
 
-@pytest.mark.parametrize("name", METHODS)
+QUICK = ["none", "prumerge", "prumerge, original positions", "fitprune", "iti", "adaptive pair"]
+
+
+@pytest.mark.parametrize("name", mostly_slow(METHODS, QUICK))
 def test_a_row_is_the_same_alone_in_a_batch_and_in_another_order(name, tiny_model, five):
     images, prompts = five
     options = {"buckets": FEW, **options_of(name)}

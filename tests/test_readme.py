@@ -32,7 +32,15 @@ def without_code(text):
     return re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
 
 
-@pytest.mark.parametrize("path", [p for p in (README, *PAGES) if python_blocks(p)], ids=name_of)
+LONG = ("buckets", "calibrating", "extending", "forward", "prompts")
+RUNNING = [
+    pytest.param(path, marks=pytest.mark.slow if path.stem in LONG else [], id=name_of(path))
+    for path in (README, *PAGES)
+    if python_blocks(path)
+]
+
+
+@pytest.mark.parametrize("path", RUNNING)
 def test_python_blocks_run(path, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)  # some write files
     names = {"__name__": "page"}

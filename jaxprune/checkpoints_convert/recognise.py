@@ -8,6 +8,7 @@ from typing import Any
 
 from jaxprune.errors import UserError
 from jaxprune.files import as_path, read_json
+from jaxprune.models.registry import PRESETS
 
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")  # as the Hub names them: owner/name
 _POINTER = b"version https://git-lfs"
@@ -29,6 +30,11 @@ def existing_directory(directory: object, *, download: bool = False) -> pathlib.
         return _snapshot(path)
     if path.exists():
         raise UserError(f"{path} is a file; expected the directory of a model.")
+    if directory in PRESETS:
+        raise UserError(
+            f"{directory} is a model's published sizes, without weights: `jaxprune cost` knows it "
+            "by this name. Expected the directory of a model."
+        )
     if not isinstance(directory, str) or not _REPOSITORY.fullmatch(directory):
         raise UserError(f"{path} does not exist; expected the directory of a model.")
     return _from_hub(directory, download=download)

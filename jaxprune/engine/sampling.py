@@ -140,6 +140,7 @@ class Sampling(NamedTuple):
         said: bool `[B, V]`, the tokens of the prompt.
         banned: bool `[B, V]`, tokens that are not generated.
         banned_first: bool `[B, V]`, tokens with which no answer begins.
+        top: bool `[B]`, whether the likeliest tokens are noted.
     """
 
     temperature: Float[AnyArray, " B"]
@@ -151,6 +152,7 @@ class Sampling(NamedTuple):
     said: Bool[AnyArray, "B V"]
     banned: Bool[AnyArray, "B V"]
     banned_first: Bool[AnyArray, "B V"]
+    top: Bool[AnyArray, " B"]
 
 
 class Noted(NamedTuple):
@@ -185,12 +187,20 @@ def nothing_noted(sampling: Sampling, room: int, *, logits: bool) -> Noted:
 
 
 def noted(
-    notes: Noted, logits: Float[Array, "B V"], token: Int[Array, " B"], at: Int[Array, " B"]
+    notes: Noted,
+    sampling: Sampling,
+    logits: Float[Array, "B V"],
+    token: Int[Array, " B"],
+    at: Int[Array, " B"],
 ) -> Noted:
     """The notes with each row's token at the place `at`; out of bounds for a row that rests."""
     rows, room = jnp.arange(len(token)), notes.logprob.shape[1]
     logprobs = jax.nn.log_softmax(logits)
-    values, ids = jax.lax.top_k(logprobs, notes.top.shape[-1])
+    values, ids = jax.lax.cond(
+        jnp.any(sampling.top),
+        lambda: jax.lax.top_k(logprobs, notes.top.shape[-1]),
+        lambda: [notes.top_logprob[:, 0], notes.top[:, 0]],
+    )
     own = jnp.take_along_axis(logprobs, token[:, None], axis=1)[:, 0]
     said = notes.said.at[jnp.where(at < room, rows, len(rows)), token].set(True, mode="drop")
     return Noted(
@@ -237,6 +247,7 @@ def make_sampling(
         among(said, "The prompt"),
         among([ask.suppress_tokens for ask in padded], "suppress_tokens"),
         among([ask.begin_suppress_tokens for ask in padded], "begin_suppress_tokens"),
+        np.array([ask.logprobs is not None for ask in padded]),
     )
 
 
@@ -288,6 +299,18 @@ def next_token(
         sampling: how to draw.
         step: int32, tokens that a row has already.
     """
+    found: Array = jax.lax.cond(  # where nobody draws, the vocabulary need not be sorted
+        jnp.any(sampling.temperature > 0),
+        lambda: _drawn(logits, sampling, step),
+        lambda: likeliest(logits),
+    )
+    return found
+
+
+def _drawn(
+    logits: Float[Array, "B V"], sampling: Sampling, step: Int[Array, " B"]
+) -> Int[Array, " B"]:
+    """The same, at whatever temperature."""
     # From the row's maximum down: a tiny temperature then gives -inf, never inf - inf.
     logits = logits - jnp.max(logits, axis=-1, keepdims=True)
     temperature = jnp.maximum(sampling.temperature, 1e-30)[:, None]

@@ -326,16 +326,19 @@ def _append(
     eos: Int[Array, " E"],
 ) -> DecodeState:
     """Take the next token of every row that is active."""
-    if sampling is None or state.notes is None:
+    notes = state.notes
+    if sampling is None or notes is None:
         drawn = likeliest(logits)
     else:
-        allowed = ruled(logits, sampling, state.notes.said, state.step, eos)
+        allowed = ruled(logits, sampling, notes.said, state.step, eos)
         drawn = next_token(allowed, sampling, state.step)
     token = jnp.where(active, drawn, state.token)
     ended = active & jnp.any(drawn[:, None] == eos, axis=-1)
     rows = jnp.arange(len(token))
     # A row that rests writes nowhere: this slot is out of bounds.
     at = jnp.where(active, state.step, state.tokens.shape[1])
+    if sampling is not None and notes is not None:
+        notes = noted(notes, sampling, logits, token, at)
     return state._replace(
         token=token,
         positions=state.positions + active,
@@ -343,7 +346,7 @@ def _append(
         tokens=state.tokens.at[rows, at].set(token, mode="drop"),
         lengths=state.lengths + (active & ~ended),
         done=state.done | ended,
-        notes=None if state.notes is None else noted(state.notes, logits, token, at),
+        notes=notes,
     )
 
 

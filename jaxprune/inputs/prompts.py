@@ -56,14 +56,12 @@ def as_messages(
     found: list[Message] = []
     for message in messages:
         text_only = placed or message["role"] != "user" or not isinstance(message["content"], str)
-        parts = []
+        parts, before = [], ""
         for part in _parts(message):
             if not _is_image(part):
                 text = _escaped(part["text"], text_only=text_only)
-                for token in special_tokens:
-                    if token != IMAGE_PLACEHOLDER:
-                        text = text.replace(token, token[:1] + ZERO_WIDTH + token[1:])
-                part = {**part, "text": text}
+                part = {**part, "text": _neutral(text, special_tokens, before)}
+                before = part["text"]
             parts.append(part)
         if isinstance(message["content"], str):
             parts = _in_front(parts[0]["text"])
@@ -110,6 +108,15 @@ def _escaped(text: str, *, text_only: bool) -> str:
     """A text in which "<image>" is left where it is an image's place."""
     text = text.replace(ESCAPED, AS_TEXT)
     return text.replace(IMAGE_PLACEHOLDER, AS_TEXT) if text_only else text
+
+
+def _neutral(text: str, special_tokens: Sequence[str], before: str) -> str:
+    """A text in which no special token is left, nor one that the text before it began."""
+    tokens = [token for token in special_tokens if token != IMAGE_PLACEHOLDER]
+    for token in tokens:
+        text = text.replace(token, token[:1] + ZERO_WIDTH + token[1:])
+    begins = (token[:length] for token in tokens for length in range(1, len(token)))
+    return ZERO_WIDTH + text if before.rstrip().endswith(tuple(begins)) else text
 
 
 def _in_front(text: str) -> list[dict[str, str]]:

@@ -157,3 +157,8 @@ def test_the_first_of_two_conversions_is_kept(tiny_directory, tmp_path):
             (quick / "a").write_text("quick")
     assert (target / "a").read_text() == "quick"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_preset_has_no_weights():
+    with pytest.raises(jaxprune.UserError, match=r"llava-1\.5-7b is a model's published sizes"):
+        existing_directory("llava-1.5-7b")

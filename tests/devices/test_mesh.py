@@ -60,7 +60,8 @@ METHODS = {
     "vtw": {},
     "pair": {"method": ("prumerge_plus", "fastv")},
 }
-for name in METHODS if methods == "all" else ("none", "prumerge", "fitprune"):
+ASKED = {"all": METHODS, "some": ("none", "prumerge", "fitprune"), "pair": ("pair",)}
+for name in ASKED[methods]:
     options = {"method": name, "max_new_tokens": 8, **METHODS[name]}
     one, eight = (start(model, images, prompts, **options) for model in (params, sharded))
     chex.assert_trees_all_close(one.first_logits, eight.first_logits, atol=1e-4)
@@ -114,6 +115,7 @@ def on_cpus(number):
     return {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
 
 
+@pytest.mark.slow
 def test_params_laid_by_hand_answer_alike():
     done = subprocess.run(
         [sys.executable, "-c", LAID_BY_HAND],
@@ -128,7 +130,7 @@ def test_params_laid_by_hand_answer_alike():
 @pytest.mark.parametrize(
     "kind, methods",
     [
-        ("both", "some"),
+        ("both", "pair"),
         pytest.param("both", "all", marks=pytest.mark.slow),
         pytest.param("model", "some", marks=pytest.mark.slow),
         pytest.param("data", "some", marks=pytest.mark.slow),
@@ -174,6 +176,7 @@ def told(params):
     ]
 
 
+@pytest.mark.slow
 def test_two_hosts_answer_as_one(tmp_path):
     directory = tmp_path / "m"
     builders.write_directory(directory, builders.tiny_config())

@@ -39,7 +39,6 @@ METHODS = {
     "fastv": jaxprune.FastV(),
     "vtw": jaxprune.VTW(),
 }
-LONG = ("fitprune", "psigmoid")  # to compile
 
 
 @pytest.mark.parametrize(
@@ -64,10 +63,9 @@ def test_unpruned_cost_is_the_papers_formula():
 @pytest.mark.parametrize(
     "name, shared",
     [
-        *((name, 8) for name in METHODS if name not in LONG),
         ("fitprune", 2),
-        *(pytest.param(name, 8, marks=pytest.mark.slow) for name in LONG),
         pytest.param("gsearch", 2, marks=pytest.mark.slow),
+        *(pytest.param(name, 8, marks=pytest.mark.slow) for name in METHODS),
     ],
 )
 def test_close_to_the_compilers_count(name, shared, monkeypatch):

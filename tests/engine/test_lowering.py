@@ -18,6 +18,7 @@ from jaxprune.models.registry import depth_of, family_of
 from jaxprune.ops.cuts import NO_CUTS
 from jaxprune.ops.tiles import VisualSize, pack_tilings
 from tests import builders
+from tests.cases import mostly_slow
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 DECODER = {
@@ -44,7 +45,7 @@ def lowered(function, *arguments, **static):
     return shapes
 
 
-@pytest.mark.parametrize("name, tiled, dtype", CASES)
+@pytest.mark.parametrize("name, tiled, dtype", mostly_slow(CASES, CASES[1:3]))
 def test_every_stage_lowers(name, tiled, dtype):
     make = builders.tiny_next_config if tiled else builders.tiny_config
     config = make(text={"dtype": dtype}, vision={"dtype": dtype})

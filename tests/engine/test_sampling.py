@@ -37,10 +37,11 @@ def test_top_p_counts_what_top_k_left():
 
 def test_greedy_takes_the_first_of_equals():
     """In a batch whose other rows draw, too."""
-    sampling = make_sampling([Ask()], batch=1, vocab_size=3)
-    logits = jnp.asarray([[1.0, 2.0, 2.0]])
-    assert next_token(logits, sampling, jnp.zeros(1, jnp.int32)).tolist() == [1]
-    assert likeliest(logits).tolist() == [1]
+    logits = jnp.tile(jnp.asarray([[1.0, 2.0, 2.0]]), (2, 1))
+    for other in (Ask(), Ask(temperature=1.0)):
+        sampling = make_sampling([Ask(), other], batch=2, vocab_size=3)
+        assert next_token(logits, sampling, jnp.zeros(2, jnp.int32)).tolist()[0] == 1
+    assert likeliest(logits).tolist() == [1, 1]
 
 
 def test_rows_of_a_batch_draw_by_their_own_options():

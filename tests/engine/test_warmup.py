@@ -12,7 +12,7 @@ from jaxprune.devices import compilation
 from jaxprune.engine.shapes import Shapes
 from jaxprune.ops.tiles import VisualSize
 from tests import builders
-from tests.cases import options_of
+from tests.cases import mostly_slow, options_of
 
 BUCKETS = jaxprune.Buckets(
     batch=(2, 4), images=(1, 4), row_images=(1,), text=(64,), visual=(16, 64, 128),
@@ -53,7 +53,9 @@ def ask_at_random(model, options, number, *, temperature=0.0, most=4, buckets=BU
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", mostly_slow(NAMES, ["none", "prumerge", "fitprune", "adaptive pair"])
+)
 def test_nothing_compiles_after_it(name, tiny_model):
     options = options_of(name)
     buckets = BUCKETS if name in ("none", "adaptive pair") else FOUR
@@ -100,7 +102,7 @@ def test_a_warm_up_covers_all_seeds(tiny_model):
     assert len(kept) == 3
 
 
-@pytest.mark.parametrize("name", ["none", "prumerge"])
+@pytest.mark.parametrize("name", mostly_slow(["none", "prumerge"], ["prumerge"]))
 def test_nothing_compiles_after_it_with_tiles(name, tiled_model):
     options, buckets = {"method": name}, BUCKETS.up_to(batch=2)
     jaxprune.warmup(tiled_model, buckets=buckets, **options)

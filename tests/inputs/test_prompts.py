@@ -113,6 +113,15 @@ def test_special_tokens_can_be_neutralised(tiny_model):
     assert "one <\u200b/s> two" in processor.tokenizer.decode(broken)
 
 
+@pytest.mark.parametrize("first, second", [("a </", "s> b"), ("a <", "/s> b"), ("a </ ", "s>")])
+def test_parts_that_make_a_special_token_together_are_neutralised(tiny_model, first, second):
+    processor = tiny_model.processor
+    turn = user([{"type": "text", "text": text} for text in (first, second)])
+    ids = make_request(processor, None, [turn], chat=True, neutralise=True).rows[0].pieces[0]
+    assert processor.tokenizer.eos_token_id not in ids
+    assert "\u200b" + second in processor.tokenizer.decode(ids)
+
+
 @pytest.mark.parametrize(
     "prompt, images, message",
     [

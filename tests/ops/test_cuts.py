@@ -180,15 +180,29 @@ def differ_by_rounding(one, other):
     return True
 
 
-@settings(max_examples=8, deadline=None)
-@given(
+ANY_CUTS = given(
     seed=st.integers(0, 10**6),
     name=st.sampled_from(list(SCORES)),
     cut=st.sampled_from([AFTER_ATTENTION, BETWEEN_LAYERS]),
     visual=st.lists(st.integers(0, 12), min_size=3, max_size=3),
 )
+
+
+@settings(max_examples=2, deadline=None)
+@ANY_CUTS
 @example(seed=247, name="fitprune", cut=AFTER_ATTENTION, visual=[0, 0, 12])
 def test_gather_equals_mask(seed, name, cut, visual):
+    gather_equals_mask(seed, name, cut, visual)
+
+
+@pytest.mark.slow
+@settings(max_examples=20, deadline=None)
+@ANY_CUTS
+def test_gather_equals_mask_of_more_cuts(seed, name, cut, visual):
+    gather_equals_mask(seed, name, cut, visual)
+
+
+def gather_equals_mask(seed, name, cut, visual):
     rng = np.random.default_rng(seed)
     text = rng.integers(1, 6, size=3).tolist()
     prune_text = name.startswith("iti")

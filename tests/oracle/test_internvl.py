@@ -3,6 +3,7 @@
 import functools
 
 import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -129,8 +130,13 @@ def our_logits(params, rows):
     ids = jnp.array([[*row, *[0] * (longest - len(row))] for row in rows], jnp.int32)
     tokens = text_tokens(family.embed_text(params.arrays, config, ids))
     valid = jnp.arange(longest) < jnp.array([[len(row)] for row in rows])
-    prefilled = family.prefill(params.arrays, config, tokens._replace(valid=valid), new_slots=0)
-    found = np.asarray(family.logits(params.arrays, config, prefilled.tokens.x))
+
+    @jax.jit
+    def logits(arrays, tokens):
+        prefilled = family.prefill(arrays, config, tokens, new_slots=0)
+        return family.logits(arrays, config, prefilled.tokens.x)
+
+    found = np.asarray(logits(params.arrays, tokens._replace(valid=valid)))
     return [x[: len(row)] for x, row in zip(found, rows, strict=True)]
 
 

@@ -20,7 +20,7 @@ from jaxprune.models.llava_hr.modeling import resized  # noqa: E402
 from jaxprune.models.registry import family_of  # noqa: E402
 from jaxprune.ops.visual import Signal  # noqa: E402
 from tests.builders import edit, start  # noqa: E402
-from tests.cases import FEW, picture  # noqa: E402
+from tests.cases import FEW, mostly_slow, picture  # noqa: E402
 from tests.oracle import hr  # noqa: E402
 
 VARIANTS = {  # the slow map beside the fast one
@@ -50,7 +50,9 @@ def torch_pixels(params, images):
     return torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(
+    "name", mostly_slow(VARIANTS, ["smaller", "larger", "positions as they are"])
+)
 def test_logits_and_answers(name, pairs):
     model, params = pairs(name)
     images = [picture(0, (40, 50)), picture(1, (90, 30))]

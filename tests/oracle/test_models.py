@@ -16,6 +16,7 @@ from jaxprune.models.registry import family_of  # noqa: E402
 from jaxprune.ops.tiles import VisualSize, pack_tilings  # noqa: E402
 from jaxprune.ops.visual import Signal  # noqa: E402
 from tests.builders import forward_logits  # noqa: E402
+from tests.cases import mostly_slow  # noqa: E402
 from tests.oracle import builders  # noqa: E402
 
 LLAMA3 = {
@@ -114,32 +115,26 @@ DYNAMIC = {
 }
 
 
+DECODED = {
+    "multi-head": {},
+    "grouped-query": {"text": {"num_key_value_heads": 2}},
+    "tied": {"text": {"tie_word_embeddings": True}},
+    "dynamic RoPE": {"text": DYNAMIC},
+    "llama3 RoPE": VARIANTS["llama3 RoPE"],
+    "576 tokens": {"vision": {"image_size": 336, "patch_size": 14}},
+    "576 tokens, multi-query, tied": {
+        "vision": {"image_size": 336, "patch_size": 14},
+        "text": {"num_key_value_heads": 1, "tie_word_embeddings": True},
+    },
+}
+
+
 @pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"text": {"num_key_value_heads": 2}},
-        {"text": {"tie_word_embeddings": True}},
-        {"text": DYNAMIC},
-        VARIANTS["llama3 RoPE"],
-        {"vision": {"image_size": 336, "patch_size": 14}},
-        {
-            "vision": {"image_size": 336, "patch_size": 14},
-            "text": {"num_key_value_heads": 1, "tie_word_embeddings": True},
-        },
-    ],
-    ids=[
-        "multi-head",
-        "grouped-query",
-        "tied",
-        "dynamic RoPE",
-        "llama3 RoPE",
-        "576 tokens",
-        "576 tokens, multi-query, tied",
-    ],
+    "name",
+    mostly_slow(DECODED, ["grouped-query", "dynamic RoPE", "576 tokens, multi-query, tied"]),
 )
-def test_prefill_and_decode_continue_as_transformers_does(options, rng, tmp_path):
-    model = builders.torch_llava(**options)
+def test_prefill_and_decode_continue_as_transformers_does(name, rng, tmp_path):
+    model = builders.torch_llava(**DECODED[name])
     params, config = ours(model, tmp_path)
     pixels, ids = builders.prompt(model, rng)
     with torch.no_grad():
