@@ -119,12 +119,13 @@ def measure(
         return found.tokens.x[:, -1], found.caches
 
     @functools.partial(jax.jit, donate_argnames="caches")
-    def decode(params: Any, position: Any, caches: Any, step: Any, active: Any) -> Any:
-        fields = (jnp.zeros(1, jnp.int32), position, caches, step, active)
+    def decode(params: Any, position: Any, caches: Any, step: Any) -> Any:
+        seen = jnp.arange(NEW)[None] < step
+        fields = (jnp.zeros(1, jnp.int32), position, caches, step, seen)
         return decoder.apply({"params": params}, *fields, method="decode")
 
-    position, active = jnp.array([visual + TEXT]), np.ones(1, bool)
-    steps = np.arange(6, dtype=np.int32)[:, None]  # of a row each
+    position = jnp.array([visual + TEXT])
+    steps = np.arange(6, dtype=np.int32)
     runs = {}
     chosen = {n: m for n, m in methods().items() if n == "none" or not only or n in only}
     for name, method in track(chosen.items(), f"Compiling, {visual}", console=console):
@@ -139,7 +140,7 @@ def measure(
         run = functools.partial(compiled, params, tokens, counts)
         sizes = compiled.memory_analysis()
         caches = jax.block_until_ready(run())[1]
-        caches = jax.block_until_ready(decode(params, position, caches, steps[0], active))[1]
+        caches = jax.block_until_ready(decode(params, position, caches, steps[0]))[1]
         runs[name] = {"method": method, "schedule": schedule, "run": run, "caches": caches}
         runs[name] |= {"prefill": [], "decode": [], "entering": entering}
         runs[name]["memory"] = sizes.temp_size_in_bytes + sizes.output_size_in_bytes
@@ -151,7 +152,7 @@ def measure(
             one["prefill"].append(time.perf_counter() - began)
             for step in steps[1:]:
                 began = time.perf_counter()
-                logits, one["caches"] = decode(params, position, one["caches"], step, active)
+                logits, one["caches"] = decode(params, position, one["caches"], step)
                 jax.block_until_ready(logits)
                 one["decode"].append(time.perf_counter() - began)
 

@@ -63,7 +63,7 @@ def test_decoding_continues_what_prefill_would_give(name, tiny_model):
         said = jnp.asarray(ids[n - 1 : n])
         logits, caches = decode(
             tiny_model.arrays, tiny_model.config, said, state.positions, state.caches,
-            np.full(1, n - 1), np.ones(1, bool),
+            np.int32(n - 1), np.arange(state.tokens.shape[1])[None] < n - 1,
         )  # fmt: skip
         state = state._replace(caches=caches, positions=state.positions + 1)
         longer = start(tiny_model, picture(2), "What is it?", answers=[ids[:n]], **options)

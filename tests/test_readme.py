@@ -32,7 +32,7 @@ def without_code(text):
     return re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
 
 
-LONG = ("buckets", "calibrating", "extending", "forward", "prompts")
+LONG = ("buckets", "calibrating", "extending", "forward", "methods", "prompts")
 RUNNING = [
     pytest.param(path, marks=pytest.mark.slow if path.stem in LONG else [], id=name_of(path))
     for path in (README, *PAGES)

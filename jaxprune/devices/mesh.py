@@ -129,14 +129,15 @@ def spread(tree: Any, mesh: Mesh | None, *, axis: int = 0) -> Any:
     """Arrays of a request over the mesh's "data" axis, as far as it divides their `axis`."""
     if mesh is None:
         return tree
+    return jax.tree.map(lambda x: placed(x, row_sharding(x.shape, mesh, axis)), tree)
+
+
+def row_sharding(shape: tuple[int, ...], mesh: Mesh, axis: int = 0) -> NamedSharding:
+    """Where an array of a request goes, whose rows are counted by `axis`."""
     parts = mesh.shape.get(DATA_AXIS, 1)
-
-    def place(x: Any) -> jax.Array:
-        split = parts > 1 and x.ndim > axis and x.shape[axis] % parts == 0
-        spec = PartitionSpec(*[None] * axis, DATA_AXIS) if split else PartitionSpec()
-        return placed(x, NamedSharding(mesh, spec))
-
-    return jax.tree.map(place, tree)
+    split = parts > 1 and len(shape) > axis and shape[axis] % parts == 0
+    spec = PartitionSpec(*[None] * axis, DATA_AXIS) if split else PartitionSpec()
+    return NamedSharding(mesh, spec)
 
 
 def placed(array: Any, sharding: NamedSharding | None) -> jax.Array:

@@ -543,7 +543,7 @@ class Engine:
     ) -> DecodeState:
         """A state after so many tokens of every row, `[B]`: one dispatch; it takes the old one."""
         batch, new_slots = state.tokens.shape
-        slots = state.caches[0].valid.shape[1] - new_slots
+        slots = state.caches[0].valid.shape[1]
         shape = {"batch": batch, "slots": slots, "new_tokens": new_slots}
         with on_mesh(self.mesh), clock.stage("decode", **shape, greedy=sampling is None):
             written: DecodeState = stages.decode(

@@ -302,15 +302,20 @@ def decode(
     *,
     config: ModelConfig,
 ) -> DecodeState:
-    """Single steps until every row is done or has its `until` tokens."""
+    """Single steps until every row is done or has its `until` tokens.
+
+    Rows that go on are at the same step: they began together, and one that rests has its end.
+    """
 
     def active(state: DecodeState) -> Bool[Array, " B"]:
         return ~state.done & (state.step < until)
 
     def step(state: DecodeState) -> DecodeState:
         go = active(state)
+        seen = jnp.arange(state.tokens.shape[1]) < state.step[:, None] - 1
+        slot = jnp.max(jnp.where(go, state.step, 1)) - 1
         logits, caches = family_of(config).decode(
-            params, config, state.token, state.positions, state.caches, state.step - 1, go
+            params, config, state.token, state.positions, state.caches, slot, seen
         )
         state = state._replace(caches=caches)
         return _append(state, go, logits, sampling, eos)

@@ -137,15 +137,15 @@ class ModelConfig(Protocol):
 
 
 class LayerCache(NamedTuple):
-    """One layer's keys and values, with room for the tokens still to come.
+    """One layer's keys and values: the prompt's, which only prefill writes, and the answer's.
 
     Attributes:
-        k: `[B * J, S + new, d]`, rotated. One axis for rows and key/value heads is what a batched
-            product takes: with two, XLA on a CPU copies the cache at every step. On a device
-            mesh it is two, `[B, J, S + new, d]`, each on its own axis.
+        k: `[B * J, S, d]`, rotated, of the prompt's S slots. One axis for rows and key/value
+            heads is what a batched product takes: with two, XLA on a CPU copies the cache at
+            every step. On a device mesh it is two, `[B, J, S, d]`, each on its own axis.
         v: as `k`.
-        valid: bool `[B, S + new]`. Every layer has its own, so that all can be donated.
-        length: int32 `[B]`: a row's generated token i goes to its slot length + i.
+        valid: bool `[B, S]`, slots of the prompt in use.
+        new_k, new_v: the same of M generated tokens; every row's token i is in slot i.
         shift: int32 `[B]`, how much lower positions are in this layer than in the prompt, where
             a schedule renumbers them; else None.
     """
@@ -153,7 +153,8 @@ class LayerCache(NamedTuple):
     k: Float[Array, "..."]
     v: Float[Array, "..."]
     valid: Bool[Array, "B S"]
-    length: Int[Array, " B"]
+    new_k: Float[Array, "..."]
+    new_v: Float[Array, "..."]
     shift: Int[Array, " B"] | None
 
 
@@ -363,12 +364,18 @@ class Family(Protocol):
         token_ids: Int[Array, " B"],
         positions: Int[Array, " B"],
         caches: tuple[LayerCache, ...],
-        step: Int[Array, " B"],
-        active: Bool[Array, " B"],
+        slot: Int[Array, ""],
+        seen: Bool[Array, "B M"],
     ) -> tuple[Float[Array, "B V"], tuple[LayerCache, ...]]:
         """One generated token a row: logits for the next one, and the caches.
 
-        Rows that are not `active` leave their caches as they are.
+        Args:
+            params, config: the model's.
+            token_ids: the tokens.
+            positions: where they go.
+            caches: one a layer.
+            slot: of the generated tokens, in which all rows' are put.
+            seen: which of the slots before each row's token sees; itself it sees anyway.
         """
 
     def init_params(self, config: Any, key: Array) -> Arrays:

@@ -107,12 +107,12 @@ class DecoderStages:
         token_ids: Int[Array, " B"],
         positions: Int[Array, " B"],
         caches: tuple[LayerCache, ...],
-        step: Int[Array, " B"],
-        active: Bool[Array, " B"],
+        slot: Int[Array, ""],
+        seen: Bool[Array, "B M"],
     ) -> tuple[Float[Array, "B V"], tuple[LayerCache, ...]]:
         """One generated token a row; see `LlamaDecoder.decode`."""
         found: tuple[Array, tuple[LayerCache, ...]] = _decoder(
-            params, config, token_ids, positions, caches, step, active, method="decode"
+            params, config, token_ids, positions, caches, slot, seen, method="decode"
         )
         return found
 

@@ -16,7 +16,7 @@ from jaxprune.inputs.request import Row, make_request
 from jaxprune.ops.cuts import LAST, QUESTION, VISUAL
 from tests import builders
 from tests.builders import start, tiny_config, write_directory
-from tests.cases import picture
+from tests.cases import mostly_slow, picture
 from tests.methods.plain_decoder import PlainDecoder
 
 L, N = 4, 16
@@ -121,7 +121,7 @@ def plain_fit(model, samples, save):
     return best[0], high
 
 
-@pytest.mark.parametrize("save", [0.3, 0.6])
+@pytest.mark.parametrize("save", mostly_slow([0.3, 0.6], [0.6]))
 def test_fitprune_fit_equals_a_plain_one(model, samples, save):
     deletions, alpha = plain_fit(model, samples, save)
     recipe = calibrate(model, samples, method="fitprune", save=save, batch_size=3)

@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 import jaxprune
 from jaxprune.model import DEMO_IMAGE
 
@@ -27,6 +29,7 @@ def test_a_mistake_is_one_line_on_stderr():
     assert line.endswith("Did you mean 'fitprune'?")
 
 
+@pytest.mark.slow
 def test_an_answer_outside_the_encoding_of_stdout_is_not_lost():
     """Whatever the terminal can show, what cannot be shown is spelled."""
     program = (

@@ -130,7 +130,11 @@ def test_cache_bytes_are_those_of_the_arrays(tiny_model, options):
         valid = sum(int(np.asarray(cache.valid)[b].sum()) for cache in run.state.caches)
         item = 2 * c.num_key_value_heads * c.head_dim * 4
         assert answer.cost.cache_bytes == valid * item
-        allocated = sum(x.nbytes for cache in run.state.caches for x in (cache.k, cache.v))
+        allocated = sum(
+            x.nbytes
+            for cache in run.state.caches
+            for x in (cache.k, cache.v, cache.new_k, cache.new_v)
+        )
         assert answer.cost.executed["cache_bytes"] * len(images) == allocated
 
 

@@ -127,6 +127,7 @@ def test_several_images_a_row(tiny_model):
             )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_text_alone_draws_and_streams(tiny_model):
     jaxprune.warmup(tiny_model, buckets=BUCKETS, text_only=True, sampled=True)
     with jaxprune.no_compilation():

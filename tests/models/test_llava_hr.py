@@ -28,6 +28,7 @@ def test_the_published_recipes_save(save, expected):
     assert round(100 * found.saved["visual_macs"], 1) == expected
 
 
+@pytest.mark.slow
 def test_parameters_of_the_published_sizes():
     """CLIP-L and Vicuna as LLaVA-1.5 has them; ConvNeXt as published, its head apart."""
     seven, thirteen = (flat_shapes(make()) for make in PRESETS.values())

@@ -156,6 +156,7 @@ def test_tiles_beside_single_squares_change_nothing(rng):
     assert (mixed.tokens[0, :5] == alone.tokens[0]).all()
 
 
+@pytest.mark.slow
 def test_calibration_on_images_of_other_sizes(model):
     samples = [Sample(picture(i, size), "What is it?") for i, size in enumerate(SIZES)]
     recipe = jaxprune.calibrate(model, samples, method="fitprune", save=0.3, batch_size=3)

@@ -1,3 +1,5 @@
+import itertools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -6,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxprune.ops.attention import (
+    Cached,
     Watch,
     attention,
     cached_attention,
@@ -18,6 +21,7 @@ from jaxprune.ops.attention import (
 from jaxprune.ops.attention.by_chunks import attend_by_chunks
 from jaxprune.ops.attention.by_heads import attend_by_heads, heads_at_once
 from jaxprune.ops.attention.definition import Options
+from jaxprune.ops.products import at_least_two_rows
 
 
 def reference(q, k, v, mask):
@@ -115,9 +119,29 @@ def test_a_cached_query_equals_the_last_of_a_prompt(rng, heads, shared):
     k, v = rng.normal(size=(2, 3, shared, 7, 8)).astype(np.float32)
     valid = jnp.asarray(rng.random((3, 7)) < 0.6).at[:, -1].set(True)
     expected = causal_attention(q, k, v, valid)[0][:, :, -1:]
-    merged = (x.reshape(3 * shared, 7, 8) for x in (k, v))
-    found = cached_attention(q[:, :, -1:], *merged, valid)
-    chex.assert_trees_all_close(found, expected, atol=1e-6)
+    k, v = (x.reshape(3 * shared, 7, 8) for x in (k, v))
+    for cuts in ([0, 7], [0, 4, 7], [0, 3, 6, 7]):  # in one place and in several
+        parts = [
+            Cached(k[:, begin:end], v[:, begin:end], valid[:, begin:end])
+            for begin, end in itertools.pairwise(cuts)
+        ]
+        found = cached_attention(q[:, :, -1:], *parts)
+        chex.assert_trees_all_close(found, expected, atol=1e-6)
+
+
+def test_one_row_is_the_first_of_two(rng):
+    """What accelerators run instead of a product of one row."""
+    row, matrix = (rng.normal(size=size).astype(np.float32) for size in ((3, 1, 8), (3, 8, 5)))
+    programs = [
+        jax.jit(lambda *x: at_least_two_rows(jnp.matmul, *x)).trace(row, matrix).lower(
+            lowering_platforms=(platform,)
+        ).as_text()
+        for platform in ("cpu", "tpu")
+    ]  # fmt: skip
+    assert ["tensor<3x2x8xf32>" in text for text in programs] == [False, True]
+    two = jnp.pad(row, ((0, 0), (0, 1), (0, 0)))
+    found = at_least_two_rows(jnp.matmul, row, matrix)
+    chex.assert_trees_all_close(found, (two @ matrix)[:, :1], atol=1e-6)
 
 
 @pytest.mark.parametrize("watched", [False, True])

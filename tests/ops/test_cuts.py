@@ -146,8 +146,7 @@ def run(tokens, schedule, counts):
     first = DECODER.apply(variables, hidden, method="logits")
     ids = first.argmax(-1).astype(jnp.int32)
     position = jnp.max(jnp.where(tokens.valid, tokens.positions, 0), axis=-1) + 1
-    rows = jnp.ones_like(ids, bool)
-    step = (ids, position, prefilled.caches, jnp.zeros_like(ids), rows)
+    step = (ids, position, prefilled.caches, jnp.int32(0), jnp.zeros((len(ids), 2), bool))
     second, _ = DECODER.apply(variables, *step, method="decode")
     return first, second, prefilled.records
 

@@ -104,7 +104,7 @@ def continue_greedily(params, config, pixels, row, new):
         ids.append(int(logits.argmax()))
         logits, caches = family.decode(
             params, config, jnp.asarray([ids[-1]]), jnp.asarray([length + step]), caches,
-            jnp.asarray([step]), jnp.ones(1, bool),
+            jnp.int32(step), jnp.arange(new)[None] < step,
         )  # fmt: skip
     return ids, np.stack(steps)
 

@@ -16,8 +16,10 @@ from jaxprune.models.activations import ACTIVATIONS
 from jaxprune.models.family import LayerCache, Prefilled
 from jaxprune.models.llama.config import LlamaConfig
 from jaxprune.ops import rope
-from jaxprune.ops.attention import Watch, attention, cached_attention, causal_attention
+from jaxprune.ops.attention import Cached, Watch, attention, cached_attention, causal_attention
+from jaxprune.ops.axes import AnyArray
 from jaxprune.ops.cuts import AFTER_ATTENTION, BETWEEN_LAYERS, NO_CUTS, LayerView, Schedule, Tokens
+from jaxprune.ops.products import dot_general
 
 
 def rope_frequencies(config: LlamaConfig, length: Int[Array, " B"]) -> Float[Array, "*B f"]:
@@ -54,19 +56,24 @@ def rope_frequencies(config: LlamaConfig, length: Int[Array, " B"]) -> Float[Arr
     return jnp.asarray(inv_freq, jnp.float32)
 
 
+def dense(config: LlamaConfig, features: int, bias: bool) -> nn.Dense:
+    """A dense layer of the decoder."""
+    c = config
+    return nn.Dense(
+        features, use_bias=bias, dtype=c.dtype, param_dtype=c.dtype, dot_general=dot_general
+    )
+
+
 class LlamaAttention(nn.Module):
     config: LlamaConfig
 
     def setup(self) -> None:
         c = self.config
 
-        def dense(features: int, bias: bool) -> nn.Dense:
-            return nn.Dense(features, use_bias=bias, dtype=c.dtype, param_dtype=c.dtype)
-
-        self.q_proj = dense(c.num_attention_heads * c.head_dim, c.attention_bias)
-        self.k_proj = dense(c.num_key_value_heads * c.head_dim, c.attention_bias)
-        self.v_proj = dense(c.num_key_value_heads * c.head_dim, c.attention_bias)
-        self.o_proj = dense(c.hidden_size, c.output_bias)
+        self.q_proj = dense(c, c.num_attention_heads * c.head_dim, c.attention_bias)
+        self.k_proj = dense(c, c.num_key_value_heads * c.head_dim, c.attention_bias)
+        self.v_proj = dense(c, c.num_key_value_heads * c.head_dim, c.attention_bias)
+        self.o_proj = dense(c, c.hidden_size, c.output_bias)
         if c.qk_norm:
             self.q_norm, self.k_norm = rms_norm(c), rms_norm(c)
 
@@ -76,7 +83,10 @@ class LlamaAttention(nn.Module):
         def heads(y: Array) -> Array:
             return y.reshape(*y.shape[:2], -1, self.config.head_dim).swapaxes(1, 2)
 
-        q, k, v = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
+        # Without the barrier a TPU's compiler makes the product give heads, and for that copies
+        # the matrices to another layout.
+        flat = jax.lax.optimization_barrier((self.q_proj(x), self.k_proj(x), self.v_proj(x)))
+        q, k, v = map(heads, flat)
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         return q, k, v
@@ -98,12 +108,9 @@ class LlamaMLP(nn.Module):
     def setup(self) -> None:
         c = self.config
 
-        def dense(features: int) -> nn.Dense:
-            return nn.Dense(features, use_bias=c.mlp_bias, dtype=c.dtype, param_dtype=c.dtype)
-
-        self.gate_proj = dense(c.intermediate_size)
-        self.up_proj = dense(c.intermediate_size)
-        self.down_proj = dense(c.hidden_size)
+        self.gate_proj = dense(c, c.intermediate_size, c.mlp_bias)
+        self.up_proj = dense(c, c.intermediate_size, c.mlp_bias)
+        self.down_proj = dense(c, c.hidden_size, c.mlp_bias)
 
     def __call__(self, x: Float[Array, "*any D"]) -> Float[Array, "*any D"]:
         act = ACTIVATIONS[self.config.hidden_act]
@@ -146,14 +153,19 @@ class LlamaLayer(nn.Module):
         x: Float[Array, "B 1 D"],
         angles: Float[Array, "B 1 f"],
         cache: LayerCache,
-        step: Int[Array, " B"],
-        active: Bool[Array, " B"],
+        slot: Int[Array, ""],
+        seen: Bool[Array, "B M"],
     ) -> tuple[Float[Array, "B 1 Hd"], LayerCache]:
         """One new token a row against the cache, which takes it in: its heads."""
         q, k, v = self.self_attn.qkv(self.input_layernorm(x))
         q, k = (self.self_attn.rotate(heads, angles) for heads in (q, k))
-        cache = _with_token(cache, k, v, cache.length + step, active)
-        return join_heads(cached_attention(q, cache.k, cache.v, cache.valid)), cache
+        own = Cached(_merge_heads(k), _merge_heads(v), jnp.ones((len(x), 1), bool))
+        prompt, answer = (
+            Cached(cache.k, cache.v, cache.valid),
+            Cached(cache.new_k, cache.new_v, seen),
+        )
+        heads = cached_attention(q, prompt, answer, own)
+        return join_heads(heads), _with_token(cache, own, slot)
 
     def feed_forward(
         self, x: Float[Array, "B Q D"], heads: Float[Array, "B Q Hd"]
@@ -174,9 +186,7 @@ class LlamaDecoder(nn.Module):
         self.layers = [LlamaLayer(c) for _ in range(c.num_hidden_layers)]
         self.norm = rms_norm(c)
         if not c.tie_word_embeddings:
-            self.lm_head = nn.Dense(
-                c.vocab_size, use_bias=False, dtype=c.dtype, param_dtype=c.dtype
-            )
+            self.lm_head = dense(c, c.vocab_size, False)
 
     def __call__(self, token_ids: Int[Array, "B S"]) -> Float[Array, "B S V"]:
         """Text alone -> float32 logits."""
@@ -189,8 +199,10 @@ class LlamaDecoder(nn.Module):
     def logits(self, x: Float[Array, "*any D"]) -> Float[Array, "*any V"]:
         """Hidden states, not yet normed -> float32 logits."""
         x = self.norm(x)
-        head = self.embed_tokens.attend if self.config.tie_word_embeddings else self.lm_head
-        return head(x).astype(jnp.float32)
+        if not self.config.tie_word_embeddings:
+            return self.lm_head(x).astype(jnp.float32)
+        table = self.embed_tokens.embedding
+        return dot_general(x, table, (((x.ndim - 1,), (1,)), ((), ()))).astype(jnp.float32)
 
     def prefill(
         self,
@@ -233,8 +245,8 @@ class LlamaDecoder(nn.Module):
         token_ids: Int[Array, " B"],
         positions: Int[Array, " B"],
         caches: tuple[LayerCache, ...],
-        step: Int[Array, " B"],
-        active: Bool[Array, " B"],
+        slot: Int[Array, ""],
+        seen: Bool[Array, "B M"],
     ) -> tuple[Float[Array, "B V"], tuple[LayerCache, ...]]:
         """One generated token a row through all layers.
 
@@ -242,8 +254,8 @@ class LlamaDecoder(nn.Module):
             token_ids: int32.
             positions: int32, where the tokens go.
             caches: one a layer.
-            step: int32, how many generated tokens a row's caches hold already.
-            active: rows that take part; the others' caches stay as they are.
+            slot: of the generated tokens, in which all rows' are put.
+            seen: which of the slots before each row's token sees; itself it sees anyway.
 
         Returns:
             float32 logits for the next token, and the caches.
@@ -255,7 +267,7 @@ class LlamaDecoder(nn.Module):
             # Generated text is at the same position on every axis.
             own = positions if cache.shift is None else positions - cache.shift
             angles = rope.angles(own[:, None], inv_freq)
-            heads, cache = layer.attend_cached(x, angles, cache, step, active)
+            heads, cache = layer.attend_cached(x, angles, cache, slot, seen)
             updated.append(cache)
             x = layer.feed_forward(x, heads)
         return self.logits(x[:, 0]), tuple(updated)
@@ -275,33 +287,19 @@ def _next_position(tokens: Tokens) -> Int[Array, " B"]:
     return jnp.max(jnp.where(tokens.valid, positions, -1), axis=-1) + 1
 
 
-def _with_token(
-    cache: LayerCache,
-    k: Float[Array, "B J 1 d"],
-    v: Float[Array, "B J 1 d"],
-    slot: Int[Array, " B"],
-    active: Bool[Array, " B"],
-) -> LayerCache:
-    """The cache with a token more in every row, each in a slot of its own."""
-    B, J = k.shape[:2]
-    rows = jnp.arange(B)
+def _with_token(cache: LayerCache, own: Cached, slot: Int[Array, ""]) -> LayerCache:
+    """The cache with a token more in every row, all in one slot."""
 
-    def put(cached: Array, new: Array) -> Array:
-        at: tuple[Array, ...] = (jnp.arange(B * J), jnp.repeat(slot, J))
-        values = new.reshape(B * J, -1)
-        if cached.ndim == 4:  # on a mesh
-            at, values = (rows[:, None], jnp.arange(J), slot[:, None]), new[:, :, 0]
-        return cached.at[at].set(values, unique_indices=True, indices_are_sorted=True)
+    def put(cached: Array, new: AnyArray) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(cached, new, slot, cached.ndim - 2)
 
-    # A row that rests writes into a slot that it will fill later, but does not count it.
-    valid = cache.valid.at[rows, slot].set(active, unique_indices=True, indices_are_sorted=True)
-    return cache._replace(k=put(cache.k, k), v=put(cache.v, v), valid=valid)
+    return cache._replace(new_k=put(cache.new_k, own.k), new_v=put(cache.new_v, own.v))
 
 
 def _merge_heads(x: Float[Array, "B J S d"]) -> Float[Array, "*BJ S d"]:
     """Rows and key/value heads as one axis, but not on a mesh."""
     on_mesh = not jax.sharding.get_abstract_mesh().empty
-    return x if on_mesh else x.reshape(-1, *x.shape[2:])
+    return x if on_mesh else x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
 
 
 def _new_cache(
@@ -311,14 +309,6 @@ def _new_cache(
     new_slots: int,
     shift: Int[Array, " B"] | None,
 ) -> LayerCache:
-    def with_room(x: Array, axis: int) -> Array:
-        return jnp.pad(x, [(0, new_slots if i == axis else 0) for i in range(x.ndim)])
-
-    k, v = _merge_heads(k), _merge_heads(v)
-    return LayerCache(
-        k=with_room(k, k.ndim - 2),
-        v=with_room(v, v.ndim - 2),
-        valid=with_room(valid, 1),
-        length=jnp.full(valid.shape[0], valid.shape[1], jnp.int32),
-        shift=shift,
-    )
+    B, J, _, d = k.shape
+    nothing = _merge_heads(jnp.zeros((B, J, new_slots, d), k.dtype))
+    return LayerCache(_merge_heads(k), _merge_heads(v), valid, nothing, nothing, shift)

@@ -20,11 +20,12 @@ with fewer and larger products. To be read in this order:
 
 from jaxprune.ops.attention import limits
 from jaxprune.ops.attention.by_chunks import attention
-from jaxprune.ops.attention.cached import cached_attention
+from jaxprune.ops.attention.cached import Cached, cached_attention
 from jaxprune.ops.attention.definition import Watch, causal_mask
 from jaxprune.ops.attention.dispatch import causal_attention, full_attention, scratch_bytes
 
 __all__ = [
+    "Cached",
     "Watch",
     "attention",
     "cached_attention",

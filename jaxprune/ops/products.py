@@ -1,0 +1,64 @@
+"""Products of one row with a matrix, which a TPU does far below the speed at which it reads it.
+
+Its compiler puts them on the vector unit, at up to a twentieth of the rate; two rows take the
+matrix unit, and then the matrix's bytes are what bounds them. A CPU would do twice the work.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxprune.ops.axes import AnyArray
+
+Product = Callable[[Any, Any], Array]
+
+
+def at_least_two_rows(
+    product: Product, rows: Float[AnyArray, "*any R D"], matrix: Float[AnyArray, "..."]
+) -> Float[Array, "*any R N"]:
+    """A product of rows with a matrix; on an accelerator of one row with another of zeros.
+
+    Args:
+        product: of the two, for any number of rows.
+        rows: one or more.
+        matrix: the other.
+    """
+    if rows.shape[-2] > 1:
+        return product(rows, matrix)
+
+    def padded(rows: Array, matrix: Array) -> Array:
+        two = jnp.pad(rows, [(0, 0)] * (rows.ndim - 2) + [(0, 1), (0, 0)])
+        return product(two, matrix)[..., :1, :]
+
+    found: Array = jax.lax.platform_dependent(rows, matrix, cpu=product, default=padded)
+    return found
+
+
+def dot_general(
+    x: Float[Array, "..."],
+    kernel: Float[Array, "D N"],
+    dimension_numbers: Any,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+    **_: Any,
+) -> Float[Array, "..."]:
+    """`jax.lax.dot_general` of a dense layer, by the same rule."""
+
+    def product(rows: Array, kernel: Array) -> Array:
+        numbers = (((rows.ndim - 1,), dimension_numbers[0][1]), ((), ()))
+        return jax.lax.dot_general(
+            rows,
+            kernel,
+            numbers,
+            precision=precision,
+            preferred_element_type=preferred_element_type,
+        )
+
+    if math.prod(x.shape[:-1]) != 1:
+        return product(x, kernel)
+    found = at_least_two_rows(product, x.reshape(1, x.shape[-1]), kernel)
+    return found.reshape(*x.shape[:-1], -1)
