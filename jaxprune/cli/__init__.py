@@ -1,4 +1,4 @@
-"""The command line: `jaxprune generate | show | cost | bench | calibrate | methods | convert`.
+"""The command line: `jaxprune generate`, `show`, `cost`, `bench`, `compile` and the others below.
 
     options.py    options that several commands share, and what is read from their text
     output.py     stdout, stderr and new files
@@ -21,6 +21,7 @@ from rich.markup import escape
 
 from jaxprune.cli.bench import bench
 from jaxprune.cli.calibrate import calibrate
+from jaxprune.cli.compile import compile
 from jaxprune.cli.convert import convert
 from jaxprune.cli.cost import cost
 from jaxprune.cli.generate import generate
@@ -62,7 +63,7 @@ def _all(
     del version
 
 
-for _command in (generate, show, cost, bench, calibrate, methods, convert):
+for _command in (generate, show, cost, bench, compile, calibrate, methods, convert):
     app.command()(_command)
 
 

@@ -16,9 +16,9 @@ from jaxprune.cli.options import (
     SaveOption,
     method_options,
     parse_method,
+    parse_size,
 )
 from jaxprune.engine.cost import FORMULA, Cost, estimate
-from jaxprune.errors import UserError
 from jaxprune.model import read_config
 
 
@@ -50,23 +50,13 @@ def cost(
         parse_method(method),
         text_tokens=text_tokens,
         visual_tokens=visual_tokens,
-        image_size=_parse_size(image_size),
+        image_size=parse_size(image_size),
         **method_options(option, estimate, keep=keep, save=save, keep_rate=keep_rate),
     )
     if as_json:
         print(json.dumps({"model": model or "small_llava", "method": method, **found.as_dict()}))
     else:
         _print(found)
-
-
-def _parse_size(text: str | None) -> tuple[int, int] | None:
-    """Width and height."""
-    if text is None:
-        return None
-    width, _, height = text.lower().partition("x")
-    if not width.isdecimal() or not height.isdecimal() or not int(width) * int(height):
-        raise UserError(f"--image-size is {text!r}; expected pixels, e.g. 672x672.")
-    return int(width), int(height)
 
 
 def _print(found: Cost) -> None:

@@ -59,6 +59,16 @@ def parse_method(text: str) -> str | tuple[str, ...]:
     return parts[0] if len(parts) == 1 else parts
 
 
+def parse_size(text: str | None) -> tuple[int, int] | None:
+    """The text of --image-size: width and height."""
+    if text is None:
+        return None
+    width, _, height = text.lower().partition("x")
+    if not width.isdecimal() or not height.isdecimal() or not int(width) * int(height):
+        raise UserError(f"--image-size is {text!r}; expected pixels, e.g. 672x672.")
+    return int(width), int(height)
+
+
 def method_options(
     extra: Sequence[str] | None,
     function: Callable[..., Any] | None = None,

@@ -16,8 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxprune.errors import UserError
-
-DATA_AXIS, MODEL_AXIS = "data", "model"
+from jaxprune.ops.axes import DATA_AXIS, MODEL_AXIS
 
 
 def check_mesh(mesh: object, splits: Mapping[str, int]) -> Mesh:

@@ -18,8 +18,8 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
-from jaxprune.devices.mesh import DATA_AXIS, MODEL_AXIS
 from jaxprune.errors import UserError
+from jaxprune.ops.axes import DATA_AXIS, MODEL_AXIS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +168,13 @@ def topology_devices(target: Target) -> Sequence[Any]:
 @functools.cache
 def _topology(target: Target) -> Sequence[Any]:
     if target.chip.platform == "tpu":
-        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
+        # There is no metadata server to ask what machine this is.
+        for variable, value in (
+            ("TPU_SKIP_MDS_QUERY", "1"),
+            ("TPU_ACCELERATOR_TYPE", "v5litepod-1"),
+            ("TPU_WORKER_HOSTNAMES", "localhost"),
+        ):
+            os.environ.setdefault(variable, value)
         options: dict[str, Any] = {}
         name = f"{target.name}:{'x'.join(map(str, target.shape))}"
         if target.chips < 4:  # the library takes a host of four for granted

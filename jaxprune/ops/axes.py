@@ -33,3 +33,6 @@ from jaxtyping import Array
 
 AnyArray = Array | np.ndarray
 """JAX's arrays and NumPy's: what an operation takes that is also called from the host."""
+
+DATA_AXIS, MODEL_AXIS = "data", "model"
+"""Axes of a device mesh: rows of a batch are spread over the one, every layer over the other."""

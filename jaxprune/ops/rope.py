@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -145,5 +146,30 @@ def rotate(
         In the dtype of `x`; computed in float32.
     """
     cos, sin = scale * jnp.cos(angles)[:, None], scale * jnp.sin(angles)[:, None]  # [B, 1, Q, half]
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)  # [B, H, Q, half] each
+    found: Array = jax.lax.platform_dependent(x, cos, sin, tpu=_by_product, default=_by_halves)
+    return found
+
+
+def _by_halves(
+    x: Float[AnyArray, "B H Q d"], cos: Float[Array, "B 1 Q half"], sin: Float[Array, "B 1 Q half"]
+) -> Float[Array, "B H Q d"]:
+    a, b = jnp.split(jnp.asarray(x, jnp.float32), 2, axis=-1)  # [B, H, Q, half] each
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def _by_product(
+    x: Float[AnyArray, "B H Q d"], cos: Float[Array, "B 1 Q half"], sin: Float[Array, "B 1 Q half"]
+) -> Float[Array, "B H Q d"]:
+    """The same numbers: on a TPU to exchange halves costs more than a product that does it."""
+    half = cos.shape[-1]
+    exchange = np.zeros((2 * half, 2 * half), np.float32)  # (a, b) -> (-b, a)
+    exchange[half:, :half], exchange[:half, half:] = -np.eye(half), np.eye(half)
+    other = jnp.einsum(
+        "bhqd,de->bhqe",
+        x,
+        exchange.astype(x.dtype),
+        precision=jax.lax.Precision.HIGHEST,  # every sum has one term: nothing is rounded
+        preferred_element_type=jnp.float32,
+    )
+    cos, sin = (jnp.concatenate([y, y], axis=-1) for y in (cos, sin))
+    return (jnp.asarray(x, jnp.float32) * cos + other * sin).astype(x.dtype)

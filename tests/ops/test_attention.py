@@ -1,3 +1,4 @@
+import functools
 import itertools
 
 import chex
@@ -6,6 +7,8 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from jaxprune.ops.attention import (
     Cached,
@@ -21,7 +24,9 @@ from jaxprune.ops.attention import (
 from jaxprune.ops.attention.by_chunks import attend_by_chunks
 from jaxprune.ops.attention.by_heads import attend_by_heads, heads_at_once
 from jaxprune.ops.attention.definition import Options
+from jaxprune.ops.attention.dispatch import attend_fused
 from jaxprune.ops.products import at_least_two_rows
+from jaxprune.ops.rope import _by_halves, _by_product
 
 
 def reference(q, k, v, mask):
@@ -182,3 +187,63 @@ def test_shapes_are_checked_while_tests_run():
     x = jnp.ones((1, 1, 2, 4))
     with pytest.raises(jaxtyping.TypeCheckError, match="valid"):
         causal_attention(x, x, x, jnp.ones((1, 3), bool))
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    seed=st.integers(0, 2**20),
+    slots=st.sampled_from([5, 33, 130, 600]),
+    heads=st.sampled_from([(4, 4), (4, 2), (2, 1)]),
+    how=st.sampled_from(["mean", "max"]),
+    later=st.booleans(),
+    rows=st.sampled_from([None, 7]),
+    dtype=st.sampled_from(["float32", "bfloat16"]),
+)
+@example(seed=0, slots=600, heads=(4, 2), how="max", later=True, rows=None, dtype="float32")
+def test_the_kernels_of_a_tpu(seed, slots, heads, how, later, rows, dtype):
+    """Step by step on this machine: outputs and what is received, against the definition."""
+    rng = np.random.default_rng(seed)
+    H, J = heads
+    q = jnp.asarray(rng.normal(size=(2, H, slots, 16)), dtype)
+    k, v = jnp.asarray(rng.normal(size=(2, 2, J, slots, 16)), dtype)
+    valid = jnp.asarray(rng.random((2, slots)) < 0.8).at[:, 0].set(True)
+    asking = rng.random((2, 2, slots)) < (0.5 if rows is None else 0.0)
+    asking[..., -5:] = True
+    queries = jnp.asarray(asking * rng.random((2, 2, slots)), jnp.float32)
+    options = Options(causal=True, heads=how, later=later, rows=rows)
+    found = attend_fused(q, k, v, valid, queries, options=options, interpret=True)
+    plain = causal_attention(q, k, v, valid)[0]
+    expected = attend_by_chunks(q, k, v, valid, jnp.moveaxis(queries, 0, -1), options)
+    tolerance = 1e-5 if dtype == "float32" else 2e-2
+    chex.assert_trees_all_close(found, expected, atol=tolerance, rtol=tolerance)
+    chex.assert_trees_all_close(found[0], plain, atol=tolerance, rtol=tolerance)
+
+
+def test_the_kernel_of_a_tower_and_gradients(rng):
+    q, k, v = jnp.asarray(rng.normal(size=(3, 2, 4, 150, 8)), jnp.float32)
+    valid = jnp.ones((2, 150), bool)
+
+    def loss(options, interpret):
+        attend = functools.partial(attend_fused, interpret=True) if interpret else None
+        return lambda *x: ((attend or by_chunks)(*x, valid, None, options=options)[0] ** 2).sum()
+
+    def by_chunks(*x, options):
+        return attend_by_chunks(*x, options)
+
+    for causal in (False, True):
+        options = Options(causal=causal)
+        found, expected = (
+            jax.value_and_grad(loss(options, how), argnums=(0, 1, 2))(q, k, v)
+            for how in (True, False)
+        )
+        chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_two_ways_to_rotate_give_the_same_numbers(rng):
+    x = rng.normal(size=(2, 3, 5, 8)).astype(np.float32)
+    cos, sin = rng.normal(size=(2, 2, 1, 5, 4)).astype(np.float32)
+    for dtype in ("float32", "bfloat16"):
+        one, other = (
+            jax.jit(way)(jnp.asarray(x, dtype), cos, sin) for way in (_by_halves, _by_product)
+        )
+        assert (one == other).all()

@@ -17,7 +17,6 @@ from jaxprune.models.family import LayerCache, Prefilled
 from jaxprune.models.llama.config import LlamaConfig
 from jaxprune.ops import rope
 from jaxprune.ops.attention import Cached, Watch, attention, cached_attention, causal_attention
-from jaxprune.ops.axes import AnyArray
 from jaxprune.ops.cuts import AFTER_ATTENTION, BETWEEN_LAYERS, NO_CUTS, LayerView, Schedule, Tokens
 from jaxprune.ops.products import dot_general
 
@@ -153,19 +152,19 @@ class LlamaLayer(nn.Module):
         x: Float[Array, "B 1 D"],
         angles: Float[Array, "B 1 f"],
         cache: LayerCache,
-        slot: Int[Array, ""],
         seen: Bool[Array, "B M"],
-    ) -> tuple[Float[Array, "B 1 Hd"], LayerCache]:
-        """One new token a row against the cache, which takes it in: its heads."""
+    ) -> tuple[Float[Array, "B 1 Hd"], tuple[Array, Array]]:
+        """One new token a row against the cache: its heads, and its keys and values."""
         q, k, v = self.self_attn.qkv(self.input_layernorm(x))
         q, k = (self.self_attn.rotate(heads, angles) for heads in (q, k))
-        own = Cached(_merge_heads(k), _merge_heads(v), jnp.ones((len(x), 1), bool))
+        k, v = _merge_heads(k), _merge_heads(v)
+        own = Cached(k, v, jnp.ones((len(x), 1), bool))
         prompt, answer = (
             Cached(cache.k, cache.v, cache.valid),
             Cached(cache.new_k, cache.new_v, seen),
         )
         heads = cached_attention(q, prompt, answer, own)
-        return join_heads(heads), _with_token(cache, own, slot)
+        return join_heads(heads), (k, v)
 
     def feed_forward(
         self, x: Float[Array, "B Q D"], heads: Float[Array, "B Q Hd"]
@@ -262,15 +261,18 @@ class LlamaDecoder(nn.Module):
         """
         x = self.embed(token_ids[:, None])
         inv_freq = rope_frequencies(self.config, positions + 1)
-        updated = []
+        new = []
         for layer, cache in zip(self.layers, caches, strict=True):
             # Generated text is at the same position on every axis.
             own = positions if cache.shift is None else positions - cache.shift
             angles = rope.angles(own[:, None], inv_freq)
-            heads, cache = layer.attend_cached(x, angles, cache, slot, seen)
-            updated.append(cache)
+            heads, token = layer.attend_cached(x, angles, cache, seen)
+            new.append(token)
             x = layer.feed_forward(x, heads)
-        return self.logits(x[:, 0]), tuple(updated)
+        # The caches take the tokens in when all layers are done: as long as a TPU has a cache in
+        # its own memory, to be read, it would write there and then copy all of it back.
+        pairs = zip(caches, new, strict=True)
+        return self.logits(x[:, 0]), tuple(_with_token(cache, *kv, slot) for cache, kv in pairs)
 
 
 def text_tokens(x: Float[Array, "B S D"]) -> Tokens:
@@ -287,13 +289,15 @@ def _next_position(tokens: Tokens) -> Int[Array, " B"]:
     return jnp.max(jnp.where(tokens.valid, positions, -1), axis=-1) + 1
 
 
-def _with_token(cache: LayerCache, own: Cached, slot: Int[Array, ""]) -> LayerCache:
+def _with_token(
+    cache: LayerCache, k: Float[Array, "..."], v: Float[Array, "..."], slot: Int[Array, ""]
+) -> LayerCache:
     """The cache with a token more in every row, all in one slot."""
 
-    def put(cached: Array, new: AnyArray) -> Array:
+    def put(cached: Array, new: Array) -> Array:
         return jax.lax.dynamic_update_slice_in_dim(cached, new, slot, cached.ndim - 2)
 
-    return cache._replace(new_k=put(cache.new_k, own.k), new_v=put(cache.new_v, own.v))
+    return cache._replace(new_k=put(cache.new_k, k), new_v=put(cache.new_v, v))
 
 
 def _merge_heads(x: Float[Array, "B J S d"]) -> Float[Array, "*BJ S d"]:

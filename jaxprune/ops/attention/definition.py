@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxprune.ops.axes import AnyArray
 
@@ -41,11 +41,13 @@ class Options(NamedTuple):
         causal: slots see the slots up to themselves; otherwise all slots.
         heads: as in `Watch`.
         later: as in `Watch`.
+        rows: as in `Watch`.
     """
 
     causal: bool
     heads: str = "mean"
     later: bool = False
+    rows: int | None = None
 
 
 def causal_mask(valid: Bool[AnyArray, "B S"]) -> Bool[Array, "B S S"]:
@@ -96,23 +98,31 @@ def sum_received(
     return jnp.einsum("bqn,bqs->nbs", asks, weights, precision=EXACT)
 
 
+def asking_slots(
+    queries: Float[AnyArray, "n B S"], rows: int
+) -> tuple[Int[Array, "B Q"], Float[Array, "B Q n"]]:
+    """The slots of at most `rows` queries that have any weight, and their weights in each sum."""
+    S = queries.shape[-1]
+    asks = jnp.moveaxis(jnp.asarray(queries), 0, -1)  # [B, S, n]
+    asking = jnp.any(asks > 0, axis=-1)  # [B, S]
+    # Slots are distinct, so the queries in use come first; the others have no weight.
+    chosen = jax.lax.top_k(jnp.where(asking, jnp.arange(S) + 1, 0), min(rows, S))[1]  # [B, Q]
+    return chosen, jnp.take_along_axis(asks, chosen[..., None], axis=1)
+
+
 def received_from_few(
     q: Float[AnyArray, "B H S d"],
     k: Float[AnyArray, "B J S d"],
     valid: Bool[AnyArray, "B S"],
-    watch: Watch,
+    queries: Float[AnyArray, "n B S"],
+    options: Options,
 ) -> Float[Array, "n B S"]:
-    """The sums of a causal watch of at most `watch.rows` queries, whose weights are made anew."""
-    assert watch.rows is not None
+    """The sums of at most `options.rows` queries of a prompt, whose weights are made anew."""
+    assert options.rows is not None
     S = valid.shape[1]
-    asks = jnp.moveaxis(watch.queries, 0, -1)  # [B, S, n]
-    asking = jnp.any(asks > 0, axis=-1)  # [B, S]
-    # Slots are distinct, so the queries in use come first; the others have no weight.
-    most = min(watch.rows, S)
-    chosen = jax.lax.top_k(jnp.where(asking, jnp.arange(S) + 1, 0), most)[1]  # [B, Q]
-    queries = jnp.take_along_axis(q, chosen[:, None, :, None], axis=2)  # [B, H, Q, d]
+    chosen, some = asking_slots(queries, options.rows)
+    few = jnp.take_along_axis(q, chosen[:, None, :, None], axis=2)  # [B, H, Q, d]
     mask = valid[:, None] & (jnp.arange(S) <= chosen[..., None])  # [B, Q, S]
-    some = jnp.take_along_axis(asks, chosen[..., None], axis=1)  # [B, Q, n]
     itself = chosen[..., None] == jnp.arange(S)  # [B, Q, S]
-    weights = over_heads(attention_weights(queries, k, mask), watch.heads)
-    return sum_received(weights, some, itself if watch.later else None)
+    weights = over_heads(attention_weights(few, k, mask), options.heads)
+    return sum_received(weights, some, itself if options.later else None)
