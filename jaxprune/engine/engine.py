@@ -30,7 +30,7 @@ from jaxprune.engine import stages
 from jaxprune.engine.buckets import Buckets
 from jaxprune.engine.footprint import check_memory, check_tower_memory
 from jaxprune.engine.sampling import Ask, Sampling, make_sampling
-from jaxprune.engine.schedules import candidates_left, gather_schedule, mask_schedule
+from jaxprune.engine.schedules import ALIGNED, candidates_left, gather_schedule, mask_schedule
 from jaxprune.engine.shapes import ImageShape, RowRoom, Shapes
 from jaxprune.engine.stages import DecodeState, Read
 from jaxprune.errors import UserError
@@ -176,6 +176,8 @@ class Engine:
         self.depth = depth_of(self.config)
         self.shapes = Shapes(buckets, self.config, plan.vision)
         self.mesh, self.devices = mesh_of(self.arrays), devices_of(self.arrays)
+        on_cpu = not self.devices or self.devices[0].platform == "cpu"
+        self.multiple = 1 if on_cpu else ALIGNED
         ids = self.processor.eos_token_ids
         if len(ids) > MOST_EOS:
             raise UserError(f"{len(ids)} tokens end an answer; expected at most {MOST_EOS}.")
@@ -457,7 +459,7 @@ class Engine:
         if method is not None and room.visual:
             distinct = self.buckets.schedule_lengths
             schedule = (
-                gather_schedule(method, self.depth, room, distinct=distinct)
+                gather_schedule(method, self.depth, room, distinct=distinct, multiple=self.multiple)
                 if self.gather
                 else mask_schedule(method, self.depth, room)
             )

@@ -12,7 +12,7 @@ import numpy as np
 from jaxprune.engine import stages
 from jaxprune.engine.buckets import DEFAULT_BUCKETS, Buckets
 from jaxprune.engine.engine import MOST_EOS
-from jaxprune.engine.schedules import candidates_left, gather_schedule
+from jaxprune.engine.schedules import ALIGNED, candidates_left, gather_schedule
 from jaxprune.engine.shapes import RowRoom, Shapes
 from jaxprune.errors import UserError
 from jaxprune.inputs.layout import ImageRoom, lay_out
@@ -84,7 +84,9 @@ def padded(config: ModelConfig, plan: Plan, sizes: Sizes) -> Padded:
     schedule = NO_CUTS
     if plan.decoder is not None:
         distinct = buckets.schedule_lengths
-        schedule = gather_schedule(plan.decoder, depth_of(config), room, distinct=distinct)
+        schedule = gather_schedule(
+            plan.decoder, depth_of(config), room, distinct=distinct, multiple=ALIGNED
+        )
     new_slots = buckets.fit("new_tokens", sizes.new_tokens)
     return Padded(batch, shape.images * shape.tiles, shape.images, room, new_slots, schedule)
 

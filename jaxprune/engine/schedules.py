@@ -12,10 +12,13 @@ from jaxprune.inputs.layout import Layout
 from jaxprune.methods.base import DecoderMethod, removed_table
 from jaxprune.ops.cuts import QUESTION, Depth, Schedule
 
+ALIGNED = 16
+"""Rows of a tile in 16 bits: on an accelerator other lengths are copied from layout to layout."""
+
 
 @functools.lru_cache(maxsize=256)
 def gather_schedule(
-    method: DecoderMethod, depth: Depth, room: RowRoom, *, distinct: int | None
+    method: DecoderMethod, depth: Depth, room: RowRoom, *, distinct: int | None, multiple: int = 1
 ) -> Schedule:
     """The schedule whose lengths hold whatever rows the room may hold.
 
@@ -24,6 +27,7 @@ def gather_schedule(
         depth: the model's.
         room: the batch's buckets.
         distinct: how many different lengths the layers may have; None for any number.
+        multiple: that lengths are rounded up to, see `ALIGNED`.
     """
     table = removed_table(method, depth, room.visual)  # [visual + 1, L]
     # Not the largest row's: with rounding, fewer tokens may leave more behind. A row whose
@@ -33,7 +37,9 @@ def gather_schedule(
     before = np.concatenate([np.zeros_like(table[:, :1]), table[:, :-1]], axis=1)
     return Schedule(
         layers=tuple(int(l) for l in np.nonzero((table > before).any(axis=0))[0]),
-        lengths=few_lengths([int(n) for n in needed], distinct),
+        lengths=few_lengths(
+            [min(-(-int(n) // multiple) * multiple, room.slots) for n in needed], distinct
+        ),
         **_kind_of(method, room),
     )
 

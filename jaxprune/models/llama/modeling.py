@@ -82,9 +82,11 @@ class LlamaAttention(nn.Module):
         def heads(y: Array) -> Array:
             return y.reshape(*y.shape[:2], -1, self.config.head_dim).swapaxes(1, 2)
 
-        # Without the barrier a TPU's compiler makes the product give heads, and for that copies
-        # the matrices to another layout.
-        flat = jax.lax.optimization_barrier((self.q_proj(x), self.k_proj(x), self.v_proj(x)))
+        flat = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        if x.shape[0] * x.shape[1] < x.shape[2]:
+            # Without the barrier a TPU's compiler makes the products give heads, and for that
+            # copies the matrices to another layout; they are larger here than what goes through.
+            flat = jax.lax.optimization_barrier(flat)
         q, k, v = map(heads, flat)
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
