@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-all test-without-torch lint types wheel clean
+.PHONY: help demo test test-slow test-all test-without-torch test-tpu lint types wheel clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -49,6 +49,11 @@ test-without-torch:  ## the test suite in a new environment of PYTHON, without t
 	@$(VENV)-without-torch/bin/python -m pip install -q -e '.[test]'
 	$(VENV)-without-torch/bin/python -m pytest -n 2 --dist loadfile -m "not slow"
 
+test-tpu:  ## what the TPU's own compiler makes of the programs; no TPU is needed
+	@test -x $(VENV)-tpu/bin/python || $(PYTHON) -m venv $(VENV)-tpu
+	@$(VENV)-tpu/bin/python -m pip install -q -e '.[test,tpu-compile]'
+	JAX_PLATFORMS=cpu JAXPRUNE_TEST_OPTIMISED=1 $(VENV)-tpu/bin/python -m pytest tests/compilers/test_tpu.py
+
 lint: $(VENV)/.dev  ## ruff
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -61,4 +66,4 @@ wheel: $(VENV)/.dev  ## build the wheel and try it from another directory, witho
 	PYTHON="$(PYTHON)" sh tests/smoke_wheel.sh $(BIN)/python
 
 clean:  ## remove the environment and everything built
-	rm -rf $(VENV) $(VENV)-without-torch build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-without-torch $(VENV)-tpu build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

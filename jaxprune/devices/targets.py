@@ -124,10 +124,11 @@ def parse_target(text: object) -> Target:
 
 def _parsed(name: str, shape: str) -> Target:
     axes = CHIPS[name].axes
-    sizes = tuple(int(n) for n in shape.split("x") if n.isdecimal()) if shape else (1,) * axes
-    if len(sizes) != axes or (shape and not re.fullmatch(r"\d{1,3}(x\d{1,3})*", shape)):
+    readable = re.fullmatch(r"\d{1,3}(x\d{1,3})*", shape)
+    sizes = tuple(map(int, shape.split("x"))) if readable else () if shape else (1,) * axes
+    if len(sizes) != axes:
         kinds = {1: "a number, e.g. 4", 2: "two numbers, e.g. 2x2", 3: "three, e.g. 2x2x1"}
-        raise UserError(f"The shape of {name} is {shape!r}; expected {kinds[axes]}.")
+        raise UserError(f"The shape of {name} is {shape[:40]!r}; expected {kinds[axes]}.")
     if not 1 <= math.prod(sizes) <= 256:
         raise UserError(f"{name}:{shape} has {math.prod(sizes)} chips; expected 1 to 256.")
     return Target(name, sizes)
