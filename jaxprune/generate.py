@@ -21,7 +21,7 @@ from jaxprune.engine.buckets import DEFAULT_BUCKETS, Buckets
 from jaxprune.engine.engine import Clock, Engine
 from jaxprune.engine.sampling import Ask, one_seed
 from jaxprune.engine.session import begin
-from jaxprune.errors import LARGEST, UserError, check_flag, check_whole, is_whole
+from jaxprune.errors import UserError, check_flag, check_whole, is_whole
 from jaxprune.inputs.images import EncodedImage
 from jaxprune.inputs.processor import Processor
 from jaxprune.inputs.request import Request, make_request
@@ -194,9 +194,11 @@ def _ending_with(model: Params, eos_token_id: Any) -> Params:
     if eos_token_id is None or model.processor is None:
         return model
     ids = eos_token_id if isinstance(eos_token_id, list | tuple) else [eos_token_id]
-    if not all(is_whole(token) and 0 <= token <= LARGEST for token in ids):
+    size = model.config.text_config.vocab_size
+    if not all(is_whole(token) and 0 <= token < size for token in ids):
         raise UserError(
-            f"eos_token_id is {eos_token_id!r}; expected the id of a token, or several."
+            f"eos_token_id is {eos_token_id!r}; expected the id of a token, 0 to {size - 1}, or "
+            "several."
         )
     processor = dataclasses.replace(model.processor, eos_token_ids=tuple(ids))
     return dataclasses.replace(model, processor=processor)

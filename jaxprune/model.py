@@ -1,6 +1,7 @@
 """A model directory -> everything that `generate` needs, in one pytree."""
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -27,7 +28,7 @@ DEMO_IMAGE = pathlib.Path(__file__).parent / "assets" / "demo.png"
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Params:
     """A model's parameters, with its config and processor riding along.
 
@@ -43,6 +44,12 @@ class Params:
     arrays: dict[str, Any]
     config: ModelConfig = dataclasses.field(metadata={"static": True})
     processor: Processor | None = dataclasses.field(metadata={"static": True}, default=None)
+
+    def __repr__(self) -> str:
+        leaves = jax.tree.leaves(self.arrays)
+        number = sum(math.prod(getattr(leaf, "shape", ())) for leaf in leaves)
+        parts = ", ".join(self.arrays)
+        return f"Params({self.config.family}, {number:,} parameters in {parts})"
 
     def __getitem__(self, name: str) -> Any:
         return self.arrays[name]

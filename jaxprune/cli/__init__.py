@@ -37,6 +37,7 @@ app = typer.Typer(
     help="Run LLaVA-family models in JAX, faster by pruning visual tokens.",
     add_completion=False,
     no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 

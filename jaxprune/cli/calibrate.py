@@ -21,6 +21,7 @@ from jaxprune.cli.options import (
     TowerOption,
 )
 from jaxprune.cli.output import refuse_existing
+from jaxprune.errors import UserError
 from jaxprune.reports.recipe_plot import figure, plot_recipe
 
 
@@ -82,6 +83,8 @@ def calibrate(
 def _check(settings: dict[str, Any], out: pathlib.Path, plot: pathlib.Path | None) -> None:
     """Raise `UserError` for a mistake before anything is loaded."""
     Settings(**settings)
+    if out.suffix != ".json":
+        raise UserError(f"--out is {out}; a recipe's name has to end in .json.")
     refuse_existing(out)
     if plot is not None:
         refuse_existing(plot)

@@ -87,6 +87,8 @@ def generate(
     }
     check_names(**pruning)
     asked |= {"seed": seed, "chat": not raw, "return_details": True, **pruning}
+    if prompt is not None and not prompt.strip():
+        raise UserError("The prompt is empty; ask something about the image.")
     requests = _requests(prompt, [*(video or []), *(image or [])], images, data, out)
     if requests is None:
         assert prompt is not None
@@ -101,10 +103,12 @@ def generate(
     done = 0
     if out is not None:
         out = as_path(out, "--out")
+        if not out.absolute().parent.is_dir():
+            raise UserError(f"{out.absolute().parent} is no directory; make it first.")
         done = many.done_already(out, requests)
         interrupt.say_at_the_end("The same command resumes.")
         if done:
-            note(f"{done} of {len(requests)} are answered already.")
+            note(f"{done} of {len(requests)} lines are there already, answers or errors.")
     rest = requests[done:]
     if not rest:
         return
@@ -121,7 +125,8 @@ def generate(
             failed = many.write(answers, rest, file, details=as_json)
         note(f"{out}: {len(requests)} answers.")
     if failed:
-        note(f"{failed} requests could not be answered; their lines have an error.")
+        note(f"{failed} of {len(rest)} requests could not be answered; their lines have an error.")
+        raise typer.Exit(1)
 
 
 def _requests(
@@ -153,7 +158,6 @@ def _requests(
 
 def _appending(out: pathlib.Path) -> Any:
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
         return out.open("a", encoding="utf-8")
     except OSError as error:
         raise UserError(f"Cannot write {out} ({error}).") from None

@@ -23,8 +23,8 @@ def from_folder(folder: pathlib.Path, prompt: str) -> list[dict[str, Any]]:
     folder = as_path(folder, "--images")
     try:
         paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
-    except OSError as error:
-        raise UserError(f"--images is {folder}, which is no directory to read ({error}).") from None
+    except OSError:
+        raise UserError(f"--images is {folder}, which is no directory that can be read.") from None
     if not paths:
         raise UserError(f"{folder} has no images; expected files *{', *'.join(SUFFIXES)}.")
     return [{"image": str(path), "prompt": prompt} for path in paths]

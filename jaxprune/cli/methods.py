@@ -57,9 +57,10 @@ def on_model(cls: MethodClass, config: ModelConfig) -> dict[str, Any]:
     except UserError as error:
         refused = str(error)
     fitting = [recipe for recipe in published_recipes(cls.name) if recipe.fits(depth_of(config))]
+    saves = (recipe.asked.get("save", recipe.reached.get("keep_rate")) for recipe in fitting)
     return {
         "reads": {signal.kind: config.tower.instead(signal).kind for signal in sorted(signals)},
-        "recipes": [x.asked.get("save") or x.reached.get("keep_rate") for x in fitting],
+        "recipes": [share for share in saves if share is not None],
         "refused": refused,
     }
 

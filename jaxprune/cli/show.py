@@ -48,6 +48,8 @@ def show(
     download: DownloadOption = False,
 ) -> None:
     """Draw the patches that survive, before the decoder and after some of its layers."""
+    if out.suffix.lower() not in Image.registered_extensions():
+        raise UserError(f"--out is {out}; expected a picture's name, e.g. kept.png.")
     refuse_existing(out)
     chosen, drawn = _parse_layers(layers), picture_of(image)
     pruning = {

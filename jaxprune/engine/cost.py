@@ -163,14 +163,14 @@ def estimate(
             f"The method leaves {fixed} visual tokens of every image; leave out visual_tokens."
         )
     unpruned = None if image_size is None else _image_tokens(config, image_size)
-    if visual_tokens is not None and plan.vision is None:
-        unpruned = visual_tokens
-    elif visual_tokens is not None:
+    if visual_tokens is not None:
         most = most_tokens(config) if unpruned is None else unpruned
         if visual_tokens > most:
             raise UserError(
                 f"visual_tokens is {visual_tokens}, but an image has {most} before pruning."
             )
+        if plan.vision is None:
+            unpruned = visual_tokens
     side = config.tower.tile_size
     return prompt_cost(
         config,
@@ -229,9 +229,10 @@ def prompt_cost(
         plan.vision.check(config.tower.tokens_per_tile if config.one_tile else full)
         known = tokens_left(config, plan.vision)
         if known is None:
+            fixed_keep = ", or a fixed keep" if config.one_tile else ""
             raise UserError(
                 f"How many tokens {plan.vision.name} leaves depends on the image; give their "
-                f"number as visual_tokens{', or a fixed keep' if config.one_tile else ''}."
+                f"number as visual_tokens (--visual-tokens){fixed_keep}."
             )
         entering = known
     layers = config.text_config.num_hidden_layers

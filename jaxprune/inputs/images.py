@@ -6,6 +6,7 @@ import http.client
 import io
 import os
 import pathlib
+import re
 import time
 import urllib.parse
 import urllib.request
@@ -43,6 +44,9 @@ class EncodedImage:
     tower: Any
     vision: VisionOutput
     frames: int = 1
+
+
+_URL = re.compile("(https?):/+")  # a path has lost one of its slashes
 
 
 def load_image(image: Any) -> Image.Image | EncodedImage:
@@ -152,8 +156,9 @@ def _data_of(url: str) -> bytes:
 
 def _from_path(name: str | os.PathLike[str]) -> Image.Image:
     if str(name).startswith(("http:/", "https:/")):
+        url = _URL.sub(r"\1://", str(name)[:200])
         raise UserError(
-            f"{str(name)[:200]} is a URL, and nothing is fetched here; download the image, or pass "
+            f"{url} is a URL, and nothing is fetched here; download the image, or in Python pass "
             "jaxprune.fetch_image(url)."
         )
     if isinstance(name, str) and name.startswith("file:"):

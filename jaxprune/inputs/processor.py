@@ -64,9 +64,9 @@ class Processor:
             UserError: where the tokenizer's files are such that it fails.
         """
         with _told_of_tokenizer():
-            ids: list[int] = self.tokenizer(text, add_special_tokens=add_special_tokens)[
-                "input_ids"
-            ]
+            # Not verbose: what is too long for the model is refused elsewhere, in other words.
+            encoded = self.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)
+            ids: list[int] = encoded["input_ids"]
             return ids
 
     def text_of(self, ids: Sequence[int]) -> str:

@@ -104,8 +104,12 @@ def _class_of(part: Any) -> MethodClass | None:
     if part == NO_PRUNING or part.endswith(".json"):
         return None
     known = [NO_PRUNING, *METHODS]
-    near = difflib.get_close_matches(part, known, n=1)
+    spelled = part.lower().replace("+", "_plus")
+    near = difflib.get_close_matches(spelled, known, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
+    if "," in part:
+        pair = tuple(name.strip() for name in part.split(","))
+        hint = f" A pair is a tuple: {pair!r}."
     raise UserError(
         f"Unknown method {part!r}; known: {', '.join(known)}, or a recipe's path, *.json.{hint}"
     )

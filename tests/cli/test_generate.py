@@ -105,6 +105,7 @@ def test_mistakes(arguments, message, refused):
         (["--data", "none.jsonl"], "none.jsonl cannot be read"),
         (["--image", "a.png"], "There is no --prompt"),
         (["--prompt", "a", "--out", "x.jsonl"], "--out is for --images and --data"),
+        (["--prompt", " "], "The prompt is empty"),
         (["--prompt", "a", "--images", "b", "--data", "c"], "--images and --data came together"),
     ],
 )
@@ -147,7 +148,7 @@ def test_a_folder_of_images(folder, tmp_path, run, small_model, held_out):
     # Ended in the middle of the fourth line, the same command goes on.
     kept = "".join(whole.splitlines(keepends=True)[:3])
     out.write_text(kept + whole.splitlines()[3][:20])
-    assert "3 of 5 are answered already" in run(*asked).err
+    assert "3 of 5 lines are there already" in run(*asked).err
     assert out.read_text() == whole
     assert run(*asked).code == 0 and out.read_text() == whole
 
@@ -169,7 +170,7 @@ def test_lines_of_requests(folder, tmp_path, run, small_model, monkeypatch):
     assert found[0]["text"] == jaxprune.generate(
         small_model, folder / "0.png", ASK, max_new_tokens=4
     )
-    assert "1 requests could not be answered" in done.err
+    assert done.code == 1 and "1 of 4 requests could not be answered" in done.err
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.stdin", io.StringIO(text))
     piped = run("generate", "--data", "-", "--max-new-tokens", 4)

@@ -66,3 +66,11 @@ def test_methods_of_a_model(run, source):
     table = run("methods", "--model", "llava-hr-7b").out
     assert "received" in table
     assert "received" not in run("methods", "--model", source).out
+
+
+@pytest.mark.parametrize("preset", ["llava-1.5-7b", "llava-hr-7b", "internvl2-8b"])
+def test_methods_of_a_preset(preset, run):
+    """Recipes of all sorts among them: some are made to save, some to keep, some for neither."""
+    assert run("methods", "--model", preset).code == 0
+    rows = json.loads(run("methods", "--model", preset, "--json").out)
+    assert any(row["recipes"] for row in rows)

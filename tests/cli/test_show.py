@@ -45,7 +45,7 @@ def test_the_file_shows_what_is_kept(tiny_directory, tiny_model, white_image, ru
         (["--layers", "two"], "--layers is 'two'; expected numbers"),
         (["--layers", "3"], "layer 3 is asked for; the decoder has 0 to 2"),
         (["--out", "no/kept.png"], "is no directory; make it first"),
-        (["--out", "kept.unknown"], "Cannot write kept.unknown"),
+        (["--out", "kept.unknown"], "expected a picture's name, e.g. kept.png"),
         (["--option", "side=3"], "side is none"),
     ],
 )
