@@ -70,6 +70,8 @@ def scratch_bytes(rows: int, slots: int, *, heads: int, key_value_heads: int, bl
         block: queries at once on a CPU: `limits.BLOCK`, or `limits.FULL_BLOCK` where
             everything sees everything.
     """
+    if jax.default_backend() == "tpu" and slots > limits.SHORT:
+        return 0  # kernels hold them in a core's own memory
     if jax.default_backend() == "cpu" and not _on_mesh():  # a few heads of a row at a time
         some = heads // key_value_heads * heads_at_once(key_value_heads)
         return 2 * some * min(block, slots) * slots * 4
