@@ -23,7 +23,7 @@ from jaxprune.devices.targets import Target, parse_target, target_mesh, topology
 from jaxprune.engine.cost import executed, layer_macs
 from jaxprune.engine.footprint import request_bytes
 from jaxprune.engine.programs import Padded, Sizes, padded, through_stages
-from jaxprune.errors import UserError
+from jaxprune.errors import UserError, check_whole
 from jaxprune.methods import Plan, resolve
 from jaxprune.models.family import Arrays, ModelConfig
 from jaxprune.models.registry import depth_of, family_of
@@ -129,6 +129,7 @@ def compiled(
             cannot be laid over, or a method that does not fit.
     """
     target = target if isinstance(target, Target) else parse_target(target)
+    check_whole("data", data)
     unknown = [name for name in only if name not in STAGES]
     if unknown:
         raise UserError(f"There is no stage {unknown[0]!r}; expected some of {', '.join(STAGES)}.")
@@ -164,27 +165,30 @@ def largest_batch(config: ModelConfig, target: str | Target, **options: Any) -> 
     """
     target = target if isinstance(target, Target) else parse_target(target)
     sizes = options.pop("sizes", Sizes())
+    check_whole("data", options.get("data", 1))
     batches = [n for n in sizes.buckets.batch if n % options.get("data", 1) == 0]
-    place = sum(_estimated(config, target, sizes, n, options) for n in batches)
-    place = min(max(place - 1, 0), len(batches) - 1)
-    best: Compiled | None = None
-    while 0 <= place < len(batches):
-        own = dataclasses.replace(sizes, batch=batches[place])
-        found = compiled(config, target, sizes=own, **options)
-        if not found.fits:
-            if best is not None or place == 0:
-                break
-            place -= 1
-            continue
-        if best is not None and found.batch < best.batch:
-            break
-        best, place = found, place + 1
-    if best is None:
+    if not batches:
+        raise UserError(f"No batch of the buckets can be spread over {options['data']} chips.")
+    place = max(sum(_estimated(config, target, sizes, n, options) for n in batches) - 1, 0)
+    tried: dict[int, Compiled] = {}
+
+    def fits(place: int) -> bool:
+        if place not in tried:
+            own = dataclasses.replace(sizes, batch=batches[place])
+            tried[place] = compiled(config, target, sizes=own, **options)
+        return tried[place].fits
+
+    while place > 0 and not fits(place):
+        place -= 1
+    while fits(place) and place + 1 < len(batches) and fits(place + 1):
+        place += 1
+    found = tried[place]
+    if not found.fits:
         raise UserError(
             f"Not even {batches[0]} row(s) fit on {target}, whose chips have "
             f"{_gib(target.usable)}: {found.failed or _gib(found.needed_bytes) + ' are needed'}."
         )
-    return best
+    return found
 
 
 def smallest_slice(config: ModelConfig, target: str | Target, **options: Any) -> Compiled:

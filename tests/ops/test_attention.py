@@ -24,7 +24,7 @@ from jaxprune.ops.attention import (
 from jaxprune.ops.attention.by_chunks import attend_by_chunks
 from jaxprune.ops.attention.by_heads import attend_by_heads, heads_at_once
 from jaxprune.ops.attention.definition import Options
-from jaxprune.ops.attention.dispatch import attend_fused
+from jaxprune.ops.attention.fused import attend_fused
 from jaxprune.ops.products import at_least_two_rows
 from jaxprune.ops.rope import _by_halves, _by_product
 

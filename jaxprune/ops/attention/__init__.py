@@ -12,9 +12,10 @@ with fewer and larger products. To be read in this order:
     definition    softmax attention over a mask, and the sums that a `Watch` asks for
     limits        how much of it is done at once
     parts         an axis of queries in equal parts
-    by_chunks     chunks of queries of all rows and heads: accelerators, and explicit masks
+    by_chunks     chunks of queries of all rows and heads: GPUs, meshes, explicit masks
     by_heads      blocks of queries of a few heads of one row: CPUs
-    dispatch      which of the two runs, and the scratch memory that it takes
+    fused         the kernels of a TPU, which are in `fused_tpu`
+    dispatch      which of these runs, and the scratch memory that it takes
     cached        one query a row
 """
 

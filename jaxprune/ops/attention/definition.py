@@ -1,6 +1,7 @@
 """What attention is: a softmax over a mask, and the sums that pruning reads from its weights."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -126,3 +127,23 @@ def received_from_few(
     itself = chosen[..., None] == jnp.arange(S)  # [B, Q, S]
     weights = over_heads(attention_weights(few, k, mask), options.heads)
     return sum_received(weights, some, itself if options.later else None)
+
+
+def watched(
+    attend: Callable[..., Any],
+    q: Float[AnyArray, "B H S d"],
+    k: Float[AnyArray, "B J S d"],
+    v: Float[AnyArray, "B J S d"],
+    valid: Bool[AnyArray, "B S"],
+    queries: Float[AnyArray, "n B S"] | None,
+    *,
+    options: Options,
+) -> tuple[Float[Array, "B H S d"], Float[Array, "n B S"]]:
+    """Attention, and what is received: noted on the way, or anew where few queries are asked."""
+    found: tuple[Array, Array]
+    if queries is None or options.rows is None:
+        asks = None if queries is None else jnp.moveaxis(jnp.asarray(queries), 0, -1)
+        found = attend(q, k, v, valid, asks, options)
+        return found
+    out, _ = attend(q, k, v, valid, None, options)
+    return out, received_from_few(q, k, valid, queries, options)
