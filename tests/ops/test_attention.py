@@ -178,9 +178,11 @@ def test_scratch_is_that_of_the_queries_at_once(monkeypatch):
     on_cpu = 2 * 4 * 100 * 640 * 4  # before and after; four heads of one row
     assert scratch_bytes(3, 640, **sizes) == on_cpu
     assert scratch_bytes(3, 60, **sizes) == on_cpu * 60 * 60 // (100 * 640)
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     monkeypatch.setattr(limits, "QUERY_CHUNK", 128)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert scratch_bytes(3, 640, **sizes) == 2 * 3 * 8 * 128 * 640 * 4
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert scratch_bytes(3, 640, **sizes) == 0
 
 
 def test_shapes_are_checked_while_tests_run():
