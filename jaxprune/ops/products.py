@@ -1,7 +1,7 @@
 """Products of one row with a matrix, which a TPU does far below the speed at which it reads it.
 
 Its compiler puts them on the vector unit, at up to a twentieth of the rate; two rows take the
-matrix unit, and then the matrix's bytes are what bounds them. A CPU would do twice the work.
+matrix unit, and then the matrix's bytes are what bounds them. Others would do twice the work.
 """
 
 import math
@@ -20,7 +20,7 @@ Product = Callable[[Any, Any], Array]
 def at_least_two_rows(
     product: Product, rows: Float[AnyArray, "*any R D"], matrix: Float[AnyArray, "..."]
 ) -> Float[Array, "*any R N"]:
-    """A product of rows with a matrix; on an accelerator of one row with another of zeros.
+    """A product of rows with a matrix; on a TPU of one row with another of zeros.
 
     Args:
         product: of the two, for any number of rows.
@@ -34,7 +34,7 @@ def at_least_two_rows(
         two = jnp.pad(rows, [(0, 0)] * (rows.ndim - 2) + [(0, 1), (0, 0)])
         return product(two, matrix)[..., :1, :]
 
-    found: Array = jax.lax.platform_dependent(rows, matrix, cpu=product, default=padded)
+    found: Array = jax.lax.platform_dependent(rows, matrix, tpu=padded, default=product)
     return found
 
 

@@ -135,7 +135,7 @@ def test_a_cached_query_equals_the_last_of_a_prompt(rng, heads, shared):
 
 
 def test_one_row_is_the_first_of_two(rng):
-    """What accelerators run instead of a product of one row."""
+    """What a TPU runs instead of a product of one row."""
     row, matrix = (rng.normal(size=size).astype(np.float32) for size in ((3, 1, 8), (3, 8, 5)))
     programs = [
         jax.jit(lambda *x: at_least_two_rows(jnp.matmul, *x)).trace(row, matrix).lower(
