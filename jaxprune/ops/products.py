@@ -4,6 +4,8 @@ Its compiler puts them on the vector unit, at up to a twentieth of the rate; two
 matrix unit, and then the matrix's bytes are what bounds them. Others would do twice the work.
 """
 
+import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -23,19 +25,44 @@ def at_least_two_rows(
     """A product of rows with a matrix; on a TPU of one row with another of zeros.
 
     Args:
-        product: of the two, for any number of rows.
+        product: of the two, for any number of rows; hashable.
         rows: one or more.
         matrix: the other.
     """
     if rows.shape[-2] > 1:
         return product(rows, matrix)
+    found: Array = _one_row(rows, matrix, product=product)
+    return found
 
+
+@functools.partial(jax.jit, static_argnames=("product",))  # traced once a shape
+def _one_row(
+    rows: Float[AnyArray, "*any 1 D"], matrix: Float[AnyArray, "..."], *, product: Product
+) -> Float[Array, "*any 1 N"]:
     def padded(rows: Array, matrix: Array) -> Array:
         two = jnp.pad(rows, [(0, 0)] * (rows.ndim - 2) + [(0, 1), (0, 0)])
         return product(two, matrix)[..., :1, :]
 
     found: Array = jax.lax.platform_dependent(rows, matrix, tpu=padded, default=product)
     return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Dense:
+    """The product of a dense layer; hashable, so that programs share what is traced of it."""
+
+    contracted: int
+    precision: Any
+    preferred_element_type: Any
+
+    def __call__(self, rows: Array, kernel: Array) -> Array:
+        return jax.lax.dot_general(
+            rows,
+            kernel,
+            (((rows.ndim - 1,), (self.contracted,)), ((), ())),
+            precision=self.precision,
+            preferred_element_type=self.preferred_element_type,
+        )
 
 
 def dot_general(
@@ -48,16 +75,7 @@ def dot_general(
 ) -> Float[Array, "..."]:
     """`jax.lax.dot_general` of a dense layer, by the same rule."""
 
-    def product(rows: Array, kernel: Array) -> Array:
-        numbers = (((rows.ndim - 1,), dimension_numbers[0][1]), ((), ()))
-        return jax.lax.dot_general(
-            rows,
-            kernel,
-            numbers,
-            precision=precision,
-            preferred_element_type=preferred_element_type,
-        )
-
+    product = Dense(dimension_numbers[0][1][0], precision, preferred_element_type)
     if math.prod(x.shape[:-1]) != 1:
         return product(x, kernel)
     found = at_least_two_rows(product, x.reshape(1, x.shape[-1]), kernel)

@@ -146,6 +146,16 @@ def rotate(
         In the dtype of `x`; computed in float32.
     """
     cos, sin = scale * jnp.cos(angles)[:, None], scale * jnp.sin(angles)[:, None]  # [B, 1, Q, half]
+    if x.shape[2] == 1:  # a single token: there is nothing to win
+        return _by_halves(x, cos, sin)
+    found: Array = _by_platform(x, cos, sin)
+    return found
+
+
+@jax.jit  # traced once a shape
+def _by_platform(
+    x: Float[AnyArray, "B H Q d"], cos: Float[Array, "B 1 Q half"], sin: Float[Array, "B 1 Q half"]
+) -> Float[Array, "B H Q d"]:
     found: Array = jax.lax.platform_dependent(x, cos, sin, tpu=_by_product, default=_by_halves)
     return found
 

@@ -14,6 +14,7 @@ from jaxprune.ops.attention.fused_tpu import fused_attention, fused_received
 from jaxprune.ops.axes import DATA_AXIS, MODEL_AXIS, AnyArray
 
 
+@functools.partial(jax.jit, static_argnames=("options", "interpret"))  # traced once a shape
 def attend_fused(
     q: Float[AnyArray, "B H S d"],
     k: Float[AnyArray, "B J S d"],
