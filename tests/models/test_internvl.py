@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -333,3 +334,16 @@ def test_pixels_are_those_of_transformers(tmp_path):
         expected = np.stack(theirs(np.asarray(image))["pixel_values"]).transpose(0, 2, 3, 1)
         found = pixel_values(params.processor, [image], params.config)
         np.testing.assert_array_equal(found, expected.astype(np.float32))
+
+
+def test_a_decoder_that_contradicts_the_weights(tmp_path):
+    """And a directory of one family with the config of another."""
+    directory = tmp_path / "m"
+    builders.write_directory(directory, builders.tiny_internvl_config())
+    builders.edit(directory, "config.json", text_config__num_key_value_heads=4)
+    with pytest.raises(jaxprune.UserError, match=r"of another shape .*k_proj"):
+        jaxprune.load(directory)
+    builders.write_directory(tmp_path / "other", builders.tiny_config())
+    shutil.copy(tmp_path / "other" / "config.json", directory / "config.json")
+    with pytest.raises(jaxprune.UserError, match=r"do not fit its config\.json: .* missing"):
+        jaxprune.load(directory)
