@@ -70,8 +70,7 @@ _WHEELS = {
     "tpu": ("libtpu", "pip install 'jaxprune[tpu-compile]'"),
     "cuda": (
         "jax_plugins.xla_cuda12",
-        "pip install --no-deps jax-cuda12-plugin=={version} jax-cuda12-pjrt=={version} "
-        "nvidia-cudnn-cu12",
+        "pip install --no-deps jax-cuda12-plugin=={version} jax-cuda12-pjrt=={version}",
     ),
 }
 

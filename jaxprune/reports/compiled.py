@@ -29,6 +29,7 @@ from jaxprune.models.family import Arrays, ModelConfig
 from jaxprune.models.registry import depth_of, family_of
 from jaxprune.progress import track
 
+ONE_ROW = Sizes()
 STAGES = ("encode", "embed_questions", "count", "select", "embed", "prefill", "decode")
 
 
@@ -107,7 +108,7 @@ def compiled(
     target: str | Target,
     method: Any = "none",
     *,
-    sizes: Sizes = Sizes(),  # noqa: B008  (frozen)
+    sizes: Sizes = ONE_ROW,
     data: int = 1,
     only: tuple[str, ...] = STAGES,
     show_progress: bool | None = None,
@@ -121,7 +122,8 @@ def compiled(
         method, method_options: as for `generate`.
         sizes: of the request.
         data: chips over which rows are spread; weights are spread over the others.
-        only: the stages to be compiled.
+        only: the stages to be compiled. On a mesh, leave none out in front of one that is: what
+            it would give is taken to be spread by rows alone.
         show_progress: a bar on stderr; None shows it in a terminal.
 
     Raises:
@@ -164,7 +166,7 @@ def largest_batch(config: ModelConfig, target: str | Target, **options: Any) -> 
         UserError: as `compiled`; where not even one row fits.
     """
     target = target if isinstance(target, Target) else parse_target(target)
-    sizes = options.pop("sizes", Sizes())
+    sizes = options.pop("sizes", ONE_ROW)
     check_whole("data", options.get("data", 1))
     batches = [n for n in sizes.buckets.batch if n % options.get("data", 1) == 0]
     if not batches:
@@ -198,7 +200,7 @@ def smallest_slice(config: ModelConfig, target: str | Target, **options: Any) ->
         UserError: as `compiled`; where it fits on none.
     """
     target = target if isinstance(target, Target) else parse_target(target)
-    sizes, data = options.get("sizes", Sizes()), options.get("data", 1)
+    sizes, data = options.get("sizes", ONE_ROW), options.get("data", 1)
     tried = []
     for slice_ in target.bigger():
         parts = slice_.chips // data
@@ -268,7 +270,7 @@ class _Compiler:
         self.only, self.show_progress = only, show_progress
         self.reports: list[StageReport] = []
         self.most_beside = 0
-        self.alone = SingleDeviceSharding(topology_devices(target)[0]) if mesh is None else None
+        self.alone = SingleDeviceSharding(topology_devices(target)[0])
         self.params = self._params()
         self.weight_bytes = sum(map(_shard_bytes, jax.tree.leaves(self.params)))
 
@@ -301,21 +303,17 @@ class _Compiler:
 
         def one(x: Any) -> jax.ShapeDtypeStruct:
             shape, dtype = np.shape(x), x.dtype if hasattr(x, "dtype") else np.asarray(x).dtype
-            where = self.alone or row_sharding(shape, self.mesh, axis)  # type: ignore[arg-type]
+            where = row_sharding(shape, self.mesh, axis) if self.mesh else self.alone
             return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
         return jax.tree.map(one, tree)
 
     def _params(self) -> Arrays:
         rules = family_of(self.config).weights(self.config).partition
-        placed = {
-            path: jax.ShapeDtypeStruct(
-                x.shape,
-                x.dtype,
-                sharding=self.alone or sharding_of(path, x.shape, self.mesh, rules),  # type: ignore[arg-type]
-            )
-            for path, x in flat_shapes(self.config).items()
-        }
+        placed = {}
+        for path, x in flat_shapes(self.config).items():
+            where = sharding_of(path, x.shape, self.mesh, rules) if self.mesh else self.alone
+            placed[path] = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
         params: Arrays = unflatten_dict(placed, sep="/")
         return params
 
