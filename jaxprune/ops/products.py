@@ -1,7 +1,8 @@
-"""Products of one row with a matrix, which a TPU does far below the speed at which it reads it.
+"""Products of one row with a matrix, which accelerators do not do as products.
 
-Its compiler puts them on the vector unit, at up to a twentieth of the rate; two rows take the
-matrix unit, and then the matrix's bytes are what bounds them. Others would do twice the work.
+A TPU's compiler puts them on the vector unit, at up to a twentieth of the rate; CUDA's sums what
+it multiplied, and for that copies a cache to another layout. Two rows take the matrix unit, and
+then the matrix's bytes are what bounds them. A CPU would do twice the work.
 """
 
 import dataclasses
@@ -22,7 +23,7 @@ Product = Callable[[Any, Any], Array]
 def at_least_two_rows(
     product: Product, rows: Float[AnyArray, "*any R D"], matrix: Float[AnyArray, "..."]
 ) -> Float[Array, "*any R N"]:
-    """A product of rows with a matrix; on a TPU of one row with another of zeros.
+    """A product of rows with a matrix; on an accelerator of one row with another of zeros.
 
     Args:
         product: of the two, for any number of rows; hashable.
@@ -43,7 +44,7 @@ def _one_row(
         two = jnp.pad(rows, [(0, 0)] * (rows.ndim - 2) + [(0, 1), (0, 0)])
         return product(two, matrix)[..., :1, :]
 
-    found: Array = jax.lax.platform_dependent(rows, matrix, tpu=padded, default=product)
+    found: Array = jax.lax.platform_dependent(rows, matrix, cpu=product, default=padded)
     return found
 
 

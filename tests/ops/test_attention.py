@@ -135,15 +135,15 @@ def test_a_cached_query_equals_the_last_of_a_prompt(rng, heads, shared):
 
 
 def test_one_row_is_the_first_of_two(rng):
-    """What a TPU runs instead of a product of one row."""
+    """What accelerators run instead of a product of one row."""
     row, matrix = (rng.normal(size=size).astype(np.float32) for size in ((3, 1, 8), (3, 8, 5)))
     programs = [
         jax.jit(lambda *x: at_least_two_rows(jnp.matmul, *x)).trace(row, matrix).lower(
             lowering_platforms=(platform,)
         ).as_text()
-        for platform in ("cpu", "tpu")
+        for platform in ("cpu", "tpu", "cuda")
     ]  # fmt: skip
-    assert ["tensor<3x2x8xf32>" in text for text in programs] == [False, True]
+    assert ["tensor<3x2x8xf32>" in text for text in programs] == [False, True, True]
     two = jnp.pad(row, ((0, 0), (0, 1), (0, 0)))
     found = at_least_two_rows(jnp.matmul, row, matrix)
     chex.assert_trees_all_close(found, (two @ matrix)[:, :1], atol=1e-6)
