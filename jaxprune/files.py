@@ -166,6 +166,25 @@ def _beside(parent: pathlib.Path) -> Iterator[pathlib.Path]:
         _UNFINISHED.discard(place)
 
 
+def remove_whole(target: pathlib.Path) -> None:
+    """Take a directory away, at once under its name, whatever interrupts the rest.
+
+    Raises:
+        UserError: when it cannot be moved.
+    """
+    try:
+        with _beside(target.absolute().parent) as place:
+            target.rename(place / target.name)
+    except OSError as error:
+        raise UserError(f"Cannot remove {target} ({error}).") from None
+
+
+def remove_partial(parent: pathlib.Path) -> None:
+    """Take away what killed processes left half-written, or half-removed, in a directory."""
+    for place in parent.glob(f"{PARTIAL}*"):
+        shutil.rmtree(place, ignore_errors=True)
+
+
 def remove_unfinished() -> None:
     """Take away what this process is in the middle of writing, before it is ended."""
     for place in list(_UNFINISHED):

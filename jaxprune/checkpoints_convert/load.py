@@ -3,24 +3,37 @@
 import dataclasses
 import math
 import pathlib
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import jax
 import numpy as np
-from flax.traverse_util import unflatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxprune.checkpoints_convert.adapters import Adapter, is_adapter, merged, read_adapter
 from jaxprune.checkpoints_convert.files import StoredTensor, stored_tensors
-from jaxprune.checkpoints_convert.plan import PlannedTensor, cast, make_plan, path_of
+from jaxprune.checkpoints_convert.plan import (
+    PlannedTensor,
+    cast,
+    flat_shapes,
+    make_plan,
+    pair_tensors,
+    path_of,
+)
 from jaxprune.checkpoints_convert.recognise import existing_directory, explained
 from jaxprune.devices.mesh import check_mesh, placed, sharding_of
 from jaxprune.errors import UserError
 from jaxprune.files import read_json
+from jaxprune.models.clip import ClipTextConfig
+from jaxprune.models.clip.modeling import text_tower_shapes
+from jaxprune.models.clip.weights import CLIP_TEXT
 from jaxprune.models.family import ModelConfig, ModelFiles, is_original
+from jaxprune.models.int8 import rounded, with_int8
 from jaxprune.models.registry import FAMILIES, family_of_fields, table_of
 from jaxprune.progress import track
 
 DTYPES = ("float32", "bfloat16", "float16")
+INT8 = "int8"
 
 
 def load_checkpoint(
@@ -38,7 +51,8 @@ def load_checkpoint(
         directory: a Hugging Face directory, an original-format one, one written by
             `convert(..., format="jaxprune")`, or an adapter's, whose base is then looked for.
         dtype: "float32", "bfloat16", "float16", or "auto": float32 on CPU; on an
-            accelerator bfloat16 where the file has 16-bit weights, else float32.
+            accelerator bfloat16 where the file has 16-bit weights, else float32. "int8": as
+            "auto", with the matrices of the decoder's layers rounded to 8 bits.
         mesh: lay every parameter over it, by the rules of the model's family; without one,
             all are on the default device.
         vision_tower: directory of the CLIP tower of an original-format checkpoint, which
@@ -59,10 +73,35 @@ def load_checkpoint(
     name = _name_of(dtype)
     with explained(source.weights, source.tower):
         config, plan = planned(source, dtype=_resolve_dtype(name, source.weights))
+        if name == INT8:
+            config = with_int8(config)
     if mesh is not None:
         mesh = check_mesh(mesh, config.mesh_splits())
     with explained(source.weights, source.tower):
-        return _laid_out(plan, config, mesh, show_progress), config
+        rules = table_of(config).partition
+        eighths = {path for path, x in flat_shapes(config).items() if x.dtype == np.int8}
+        return laid_out(plan, config.dtype, mesh, rules, show_progress, eighths), config
+
+
+def load_text_tower(
+    directory: pathlib.Path, *, dtype: str, mesh: jax.sharding.Mesh | None = None
+) -> tuple[dict[str, Any], ClipTextConfig]:
+    """Read a CLIP's text tower and both towers' projections.
+
+    Args:
+        directory: of the whole CLIP.
+        dtype: of the parameters.
+        mesh: every device of it gets all of them.
+
+    Raises:
+        UserError: for a directory of something else.
+    """
+    mesh = None if mesh is None else check_mesh(mesh, {})
+    with explained(directory):
+        config = ClipTextConfig.from_hf(read_json(directory / "config.json"), dtype=dtype)
+        shapes = flatten_dict(text_tower_shapes(config), sep="/")
+        plan = pair_tensors(directory, CLIP_TEXT, shapes, config)
+        return laid_out(plan, dtype, mesh, (), show_progress=False), config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,27 +165,34 @@ def find_source(
     return Source(base, found.directory if whole else base, tower, found)
 
 
-def _laid_out(
+def laid_out(
     plan: list[PlannedTensor],
-    config: ModelConfig,
+    dtype: str,
     mesh: jax.sharding.Mesh | None,
+    rules: Iterable[tuple[str, int]],
     show_progress: bool | None,
+    eighths: Collection[str] = (),
 ) -> dict[str, Any]:
-    """The parameters of a plan on their devices."""
+    """The parameters of a plan on their devices, split over a mesh as rules say.
 
+    Those of the paths `eighths` are rounded to 8 bits.
+    """
     # The largest first: a tensor is in memory two or three times while it is laid out, which
     # then happens while most of the model is still on disk.
     plan.sort(key=lambda tensor: -math.prod(tensor.stored.shape))
-    rules = table_of(config).partition
     flat: dict[str, jax.Array] = {}
     for tensor in track(plan, "Loading", len(plan), show=show_progress):
         parameters = tensor.read()
         while parameters:  # no reference is kept to what is copied below
             path, parameter = parameters.popitem()
-            array = np.ascontiguousarray(cast(parameter, config.dtype, path))
+            made = {path: np.ascontiguousarray(cast(parameter, dtype, path))}
+            if path in eighths:
+                whole, scale = rounded(np.asarray(parameter, np.float32))
+                made = {path: whole, f"{path.removesuffix('kernel')}scale": scale}
             del parameter
-            place = sharding_of(path, array.shape, mesh, rules) if mesh else None
-            flat[path] = placed(array, place)
+            for path, array in made.items():
+                place = sharding_of(path, array.shape, mesh, rules) if mesh else None
+                flat[path] = placed(array, place)
     tree: dict[str, Any] = unflatten_dict(flat, sep="/")
     return tree
 
@@ -208,13 +254,14 @@ def _name_of(dtype: Any) -> str:
         name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
     except TypeError:  # not even numpy knows it
         name = ""
-    if name not in ("auto", *DTYPES):
-        raise UserError(f"dtype is {dtype!r}; expected one of: auto, {', '.join(DTYPES)}.")
+    known = ("auto", *DTYPES, INT8)
+    if name not in known:
+        raise UserError(f"dtype is {dtype!r}; expected one of: {', '.join(known)}.")
     return name
 
 
 def _resolve_dtype(name: str, directory: pathlib.Path) -> str:
-    if name != "auto":
+    if name not in ("auto", INT8):
         return name
     if jax.default_backend() == "cpu":
         return "float32"

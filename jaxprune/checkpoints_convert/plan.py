@@ -36,7 +36,7 @@ class PlannedTensor:
     stored: StoredTensor
     rule: Rule
     shapes: tuple[Shape, ...]
-    config: ModelConfig
+    config: object
     change: Callable[[str, np.ndarray], np.ndarray] | None = None
 
     def read(self) -> dict[str, np.ndarray]:
@@ -117,10 +117,25 @@ def make_plan(
         instead: tensors that stand for those in `directory`.
 
     Raises:
+        UserError: as `pair_tensors`.
+    """
+    table, expected = table_of(config), flat_shapes(config)
+    return pair_tensors(directory, table, expected, config, *extra, instead=instead)
+
+
+def pair_tensors(
+    directory: pathlib.Path,
+    table: KeyTable,
+    expected: Shapes,
+    config: object,
+    *extra: pathlib.Path,
+    instead: Sequence[StoredTensor] = (),
+) -> list[PlannedTensor]:
+    """As `make_plan`, for whatever has a table and shapes.
+
+    Raises:
         UserError: naming all missing, unknown, doubled and mis-shaped tensors at once.
     """
-    table = table_of(config)
-    expected = flat_shapes(config)
     plan: dict[str, PlannedTensor] = {}
     unknown: list[str] = []
     doubled: list[str] = []

@@ -84,6 +84,11 @@ def export(
             format comes without its tokenizer, or a parameter is missing that is stored in
             one tensor with others.
     """
+    if any(array.dtype == np.int8 for array in flatten_dict(params).values()):
+        raise UserError(
+            "The weights are rounded to int8, which transformers has no such form for; export the "
+            "model loaded in another dtype."
+        )
     form = _form_of(config, companions)
     # In the tree's order: what is stored in one tensor stands close together.
     flat = sorted(flatten_dict(params, sep="/").items())
@@ -237,10 +242,7 @@ def _write_weights(
     def flush() -> None:
         nonlocal pending, pending_bytes
         if pending:
-            # The "pt" mark is what transformers asks for; it says nothing of torch itself.
-            path = place / f"shard-{len(shards)}"
-            save_file(pending, path, metadata={"format": "pt"})
-            path.chmod(place.stat().st_mode & 0o666)  # save_file makes it private
+            save_tensors(place / f"shard-{len(shards)}", pending)
             shards.append(list(pending))
             pending, pending_bytes = {}, 0
 
@@ -264,6 +266,13 @@ def _write_weights(
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (place / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
     return count, total
+
+
+def save_tensors(path: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
+    """Write contiguous arrays as a file of safetensors."""
+    # The "pt" mark is what transformers asks for; it says nothing of torch itself.
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(path.parent.stat().st_mode & 0o666)  # save_file makes it private
 
 
 def _form_of(config: ModelConfig, companions: pathlib.Path | None) -> HubForm:

@@ -80,18 +80,19 @@ class Program:
     collectives: Mapping[str, tuple[int, int]]
 
 
-def read_program(text: str, *, least: int, most_written: int = 8) -> Program:
+def read_program(text: str, *, least: int, most_written: int = 8, rounds: int = 1) -> Program:
     """Read a program.
 
     Args:
         text: what `as_text()` gives of what is compiled.
         least: bytes from which on a moved array is noted down.
         most_written: how many of the largest arrays are noted down.
+        rounds: of loops whose length the text does not tell.
     """
     computations, entry = _parse(text)
     cycles, moved, written = 0, [], []
     collectives: dict[str, tuple[int, int]] = {}
-    for instruction, times in _executed(computations, entry):
+    for instruction, times in _executed(computations, entry, rounds):
         cycles += times * instruction.cycles
         kind = instruction.op.removesuffix("-start")
         if kind in COLLECTIVES:
@@ -161,18 +162,18 @@ def _shapes(type_: str) -> Iterator[Shape]:
 
 
 def _executed(
-    computations: Mapping[str, Sequence[Instruction]], name: str, times: int = 1
+    computations: Mapping[str, Sequence[Instruction]], name: str, rounds: int, times: int = 1
 ) -> Iterator[tuple[Instruction, int]]:
-    """The instructions that run, and how often; a loop of unknown length counts once."""
+    """The instructions that run, and how often; a loop of unknown length has so many rounds."""
     for instruction in computations.get(name, ()):
         yield instruction, times
         if instruction.op == "while":
             body, condition = _of_loop(instruction, computations)
-            trips = _trips(computations.get(condition, ()))
-            yield from _executed(computations, body, times * trips)
+            trips = _trips(computations.get(condition, ())) or rounds
+            yield from _executed(computations, body, rounds, times * trips)
         elif instruction.op in ("call", "conditional", "async-start"):
             for called in instruction.calls:
-                yield from _executed(computations, called, times)
+                yield from _executed(computations, called, rounds, times)
 
 
 def _of_loop(
@@ -189,9 +190,9 @@ def _root(computation: Sequence[Instruction]) -> Instruction:
 
 
 def _trips(condition: Sequence[Instruction]) -> int:
-    """How often a loop runs that counts up to a constant; 1 where nothing says."""
+    """How often a loop runs that counts up to a constant; 0 where nothing says."""
     constants = [one.constant for one in condition if one.constant is not None]
-    return constants[0] if len(constants) == 1 and len(condition) <= 6 else 1
+    return constants[0] if len(constants) == 1 and len(condition) <= 6 else 0
 
 
 def _writes(

@@ -56,6 +56,20 @@ CHIPS = {
     "h200": Chip("cuda", 989e12, 4800e9, 141 * 10**9),
 }
 
+# What JAX calls the chips that it finds.
+_KINDS = {
+    "TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e", "TPU v6e": "v6e",
+    "NVIDIA A100": "a100", "NVIDIA H100": "h100", "NVIDIA H200": "h200",
+}  # fmt: skip
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """FLOPs a second that a device's maker publishes, bfloat16 and dense; None if unknown."""
+    fitting = [kind for kind in _KINDS if device.device_kind.startswith(kind)]
+    return CHIPS[_KINDS[max(fitting, key=len)]].flops if fitting else None
+
+
 # What the TPU's compiler takes of a chip's memory for itself, as its own errors tell.
 _RESERVED = {"tpu": 0.02, "cuda": 0.05}
 

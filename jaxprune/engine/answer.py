@@ -11,7 +11,7 @@ from jaxprune.engine.cost import Cost, executed, prompt_cost
 from jaxprune.engine.sampling import Ask, Noted
 from jaxprune.engine.session import Session
 from jaxprune.inputs.layout import row_length, text_length, visual_length
-from jaxprune.ops.tiles import CLS
+from jaxprune.ops.tiles import CLS, NO_PATCH
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,11 +30,14 @@ class Answer:
             order; -1 for a token that stands for several, -2 for a newline. Of an image of
             several tiles a patch is tile * (patches of a tile) + its place in the tile.
         kept_by_layer: for each decoder layer that drops tokens, for each image, the patches
-            that are left after it.
+            that are left after it; behind the last one's, -1 for each token that is made of
+            dropped ones.
         cost: tokens, multiply-adds and cache bytes in every decoder layer, exact and as
             executed in padded shapes.
         seconds: wall time of the whole batch by stage: "preprocess", "encode", "select",
             "prefill", "decode". A first call includes compilation.
+        batch: answers that were made together, in those seconds.
+        compiled: XLA programs that were made in those seconds.
         logprobs: for each token its log-probability and the likeliest ones at its place, where
             they are asked for.
         logits: float32 `[tokens, V]`, where they are asked for.
@@ -50,6 +53,8 @@ class Answer:
     kept_by_layer: dict[int, list[np.ndarray]]
     cost: Cost
     seconds: dict[str, float]
+    batch: int = 1
+    compiled: int = 0
     logprobs: list["TokenLogprobs"] | None = None
     logits: np.ndarray | None = None
 
@@ -119,6 +124,8 @@ def _answer(
         kept_by_layer={} if indices is None else _kept_by_layer(session, b, indices, survivors),
         cost=_cost(session, b, sum(unpruned)),
         seconds=dict(session.clock.seconds),
+        batch=len(session.asks),
+        compiled=session.clock.compiled,
         logprobs=None if notes is None or ask.logprobs is None else _logprobs(ids, b, ask, notes),
         logits=None if notes is None or not ask.logits else np.asarray(notes.logits)[b, : len(ids)],
     )
@@ -155,10 +162,13 @@ def _kept_by_layer(
     found: dict[int, list[np.ndarray]] = {}
     for layer, (slots, valid) in zip(session.prompt.schedule.layers, survivors, strict=True):
         here = slots[b][valid[b]]
-        here = here[index[here] >= 0]
+        made = np.full(np.sum(here < 0), NO_PATCH, indices.dtype)  # of dropped tokens
+        here = here[(here >= 0) & (index[here] >= 0)]
         place = index[here] % max(room.capacity, 1)
         which = np.searchsorted(ends, np.cumsum(index >= 0)[here] - 1, side="right")
         found[layer] = [_patches(indices[i, place[which == n]]) for n, i in enumerate(images)]
+        if len(made):
+            found[layer][-1] = np.append(found[layer][-1], made)
     return found
 
 

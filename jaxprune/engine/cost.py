@@ -13,9 +13,23 @@ For LLaVA-1.5-7B without pruning this is the 4 n D^2 + 2 n^2 D + 3 n D m of the 
 counts the visual tokens alone; both that and the count of all tokens are given here. Three
 published conventions give 3.1, 3.8 and 4.6 "TFLOPs" for one and the same unpruned model, so
 never compare a bare number.
+
+Ranking by attention is counted apart, `score_macs`. Left out is everything else that choosing
+takes, all of it below 1 % of an unpruned prefill of a 7B model. Of the 8.5 TFLOP of LLaVA-1.5-7B's
+576 patches and 64 text tokens (and the 43 of LLaVA-NeXT's 2,928), by XLA's own count:
+
+    every patch through the projector, for a method that sees it so       24 GFLOP  (123)
+    similarities of all pairs: divprune, cdpruner, holov (scope and
+        others: a quarter)                                                 2.7      (68)
+    CLIP's text tower, for 77 tokens, and both projections                14        (15 to 18)
+    SparseVLM's raters, three cuts' clusters                               1.0
+    choosing greedily, DART's cosines, what V2Drop and FEATHER compare      .2 or less
+
+How long that takes is another matter: docs/performance.md.
 """
 
 import dataclasses
+import statistics
 from typing import Any
 
 import numpy as np
@@ -64,7 +78,7 @@ class Cost:
         layers: one a decoder layer.
         unpruned: the same prompt without pruning.
         visual_tokens: visual tokens that enter the decoder.
-        score_macs: multiply-adds spent on ranking, not part of the layers' count.
+        score_macs: multiply-adds spent on ranking by attention, not part of the layers' count.
         lm_head_macs: multiply-adds of one token's logits, not part of the layers' count.
         executed: of a request that ran: what its padded shapes cost a row, see `executed`.
     """
@@ -89,6 +103,11 @@ class Cost:
         return sum(layer.cache_bytes for layer in self.layers)
 
     @property
+    def visual_per_layer(self) -> float:
+        """Visual tokens that enter a layer, the mean: what makes budgets comparable."""
+        return statistics.fmean(layer.visual_in for layer in self.layers)
+
+    @property
     def saved(self) -> dict[str, float]:
         """Shares saved against no pruning: "visual_macs", "macs", "cache_bytes"."""
         if self.unpruned is None:
@@ -101,6 +120,7 @@ class Cost:
         return {
             "formula": FORMULA,
             "visual_tokens": self.visual_tokens,
+            "visual_per_layer": self.visual_per_layer,
             "macs": self.macs,
             "visual_macs": self.visual_macs,
             "cache_bytes": self.cache_bytes,
@@ -305,8 +325,8 @@ def _cost(
                 cache_bytes=cache_bytes(c, tokens),
             )
         )
-        if method and method.score and visual_out < visual_in:
-            queries = method.score.queries
+        if method and method.asks and visual_out < visual_in:
+            queries = method.asks
             asked = 1 if queries == ("last",) else text
             if set(queries) <= {"last", "text"}:  # their rows of attention, once more
                 scores += asked * tokens * (c.num_attention_heads * c.head_dim + len(queries))

@@ -16,22 +16,23 @@ import contextlib
 import dataclasses
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from jaxprune.devices.compilation import covered
+from jaxprune.devices.compilation import Compilations, covered
 from jaxprune.devices.memory import free_bytes, told_if_exhausted
 from jaxprune.devices.mesh import devices_of, devices_sharing, mesh_of, on_mesh, spread, to_host
 from jaxprune.engine import stages
 from jaxprune.engine.buckets import Buckets
 from jaxprune.engine.footprint import check_memory, check_tower_memory
 from jaxprune.engine.sampling import Ask, Sampling, make_sampling
-from jaxprune.engine.schedules import ALIGNED, candidates_left, gather_schedule, mask_schedule
-from jaxprune.engine.shapes import ImageShape, RowRoom, Shapes
+from jaxprune.engine.schedules import candidates_left, gather_schedule, mask_schedule
+from jaxprune.engine.shapes import ALIGNED, ImageShape, RowRoom, Shapes, tokens_left_of
 from jaxprune.engine.stages import DecodeState, Read
 from jaxprune.errors import UserError
 from jaxprune.inputs.images import EncodedImage
@@ -46,10 +47,10 @@ from jaxprune.inputs.layout import (
 )
 from jaxprune.inputs.pixels import pixel_values, size_of
 from jaxprune.inputs.request import Row
-from jaxprune.inputs.videos import Visual
+from jaxprune.inputs.videos import Frame, Visual
 from jaxprune.methods.base import Plan
-from jaxprune.model import Params
-from jaxprune.models.family import Embedded
+from jaxprune.model import Params, check_text_tower
+from jaxprune.models.family import Embedded, ModelConfig
 from jaxprune.models.registry import depth_of
 from jaxprune.ops.cuts import NO_CUTS, Schedule, Tokens
 from jaxprune.ops.tiles import Packing, Questions, Tiling, pack_tilings
@@ -61,7 +62,7 @@ MOST_EOS = 16  # tokens that may end an answer: a fixed number, so that programs
 
 
 class Clock:
-    """Seconds by stage, of one request.
+    """Seconds by stage, of one request, and XLA programs that were made meanwhile.
 
     Args:
         timed: wait for every stage, so that `seconds` tells them apart.
@@ -70,6 +71,7 @@ class Clock:
     def __init__(self, *, timed: bool = False) -> None:
         self.timed = timed
         self.seconds: dict[str, float] = {}
+        self.compiled = 0
 
     @contextlib.contextmanager
     def stage(self, name: str, **shape: Any) -> Iterator[dict[str, Any]]:
@@ -78,9 +80,10 @@ class Clock:
         Yields:
             The shape, to which the stage can add what it finds.
         """
-        began = time.perf_counter()
+        began, made = time.perf_counter(), Compilations()
         with covered(name, shape), told_if_exhausted():
             yield shape
+        self.compiled += len(made)
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
 
     def wait(self, found: T) -> T:
@@ -174,18 +177,32 @@ class Engine:
         self.arrays, self.config, self.processor = model.arrays, model.config, model.processor
         self.plan, self.buckets, self.gather = plan, buckets, gather
         self.depth = depth_of(self.config)
-        self.shapes = Shapes(buckets, self.config, plan.vision)
         self.mesh, self.devices = mesh_of(self.arrays), devices_of(self.arrays)
         on_cpu = not self.devices or self.devices[0].platform == "cpu"
-        self.multiple = 1 if on_cpu else ALIGNED
+        self.shapes = Shapes(buckets, self.config, plan.vision, 1 if on_cpu else ALIGNED)
         ids = self.processor.eos_token_ids
         if len(ids) > MOST_EOS:
             raise UserError(f"{len(ids)} tokens end an answer; expected at most {MOST_EOS}.")
         self.eos = np.array([*ids, *[-1] * (MOST_EOS - len(ids))], np.int32)
-        self.signals = signals if plan.vision is None else signals | plan.vision.signals
+        self.signals = signals if plan.vision is None else signals | plan.vision.tower_signals
         self.config.tower.check(self.signals)
+        self.text_tower = None
+        if plan.vision is not None and plan.vision.compares_text:
+            self.text_tower = check_text_tower(model, plan.vision.name)
 
     # ---- images
+
+    def check_images(self, images: Sequence[Visual], tilings: Sequence[Tiling]) -> None:
+        """Raise `UserError` for images that the method cannot prune."""
+        method = self.plan.vision
+        if method is None or not tilings:
+            return
+        if method.of_videos and any(isinstance(image, Frame) for image in images):
+            raise UserError(
+                f"{method.name} compares the frames of a video that is seen as one, but this model "
+                "sees frames as images of their own; take another method."
+            )
+        method.check(min(tiling.num_patches for tiling in tilings))
 
     def surely(self, tilings: Sequence[Tiling]) -> ImageRoom:
         """What images take up at least, whatever is pruned of them."""
@@ -230,6 +247,7 @@ class Engine:
         check_tower_memory(
             self.config,
             tiles=tiles,
+            signals=self.signals,
             images=self.buckets.images,
             image_tiles=shape.tiles,
             devices=devices_sharing(self.mesh, tiles),
@@ -328,7 +346,8 @@ class Engine:
         *,
         batch: int,
         row_images: int,
-        questions: Sequence[Sequence[int]] = (),
+        questions: Sequence[str] = (),
+        question_width: int = 1,
         capacity: int | None = None,
         clock: Clock,
     ) -> Seen:
@@ -338,19 +357,20 @@ class Engine:
             encoded: the images.
             batch: rows, a bucket.
             row_images: images of the row that has the most.
-            questions: token ids of what is asked about each, for a method that reads them.
+            questions: what is asked about each, for a method that reads it.
+            question_width: tokens of a question that there is room for at least.
             capacity: slots for each image; None goes by what is left of them.
             clock: of the request.
         """
         shape, method, number = encoded.shape, self.plan.vision, len(encoded.tilings)
         sizes = {**shape._asdict(), "batch": batch, "row_images": row_images}
         with on_mesh(self.mesh), clock.stage("select", **sizes) as told:
-            asked = self._embedded(questions, shape) if self.reads_question else None
+            vision, asked = self._asked(encoded, questions, question_width)
             known = self.shapes.fixed_capacity(shape)
             counts = self.known_counts(encoded.tilings, shape)
             if counts is None:  # the numbers that the host has to know
                 assert method is not None
-                found = stages.count(encoded.vision, encoded.packing, asked, method)
+                found = stages.count(vision, encoded.packing, asked, method)
                 counts = to_host(found)[:number]
                 if known is not None and (counts != known).any():
                     raise UserError(
@@ -362,7 +382,7 @@ class Engine:
                 capacity = known or self.shapes.of_selection(shape, int(counts.max()))
             told["visual"] = capacity
             selection = stages.select(
-                encoded.vision,
+                vision,
                 encoded.packing,
                 asked,
                 method,
@@ -374,16 +394,24 @@ class Engine:
 
     def known_counts(self, tilings: Sequence[Tiling], shape: ImageShape) -> np.ndarray | None:
         """Visual tokens that are left of each image, int `[I]`; None where one has to look."""
-        known, method = self.shapes.fixed_capacity(shape), self.plan.vision
+        method = self.plan.vision
         if method is None:
             return self.unpruned(tilings).counts
-        if known is not None and type(method).__module__.startswith("jaxprune."):
-            return np.full(len(tilings), known)
-        return None  # what a user's own method says of itself is counted
+        if not type(method).__module__.startswith("jaxprune."):
+            return None  # what a user's own method says of itself is counted
+        if self.shapes.fixed_capacity(shape) is None and not tilings:
+            return None  # a warm-up: there may be images of which nothing is known
+        counts = [tokens_left_of(tiling, method) for tiling in tilings]
+        known = [count for count in counts if count is not None]
+        return np.array(known, int) if len(known) == len(counts) else None
 
     @property
     def reads_question(self) -> bool:
         """Whether what is seen of an image depends on what is asked about it."""
+        return self.text_tower is not None or self._embeds_question
+
+    @property
+    def _embeds_question(self) -> bool:
         return self.plan.vision is not None and self.plan.vision.reads_question
 
     @property
@@ -391,35 +419,75 @@ class Engine:
         """All sizes that questions are padded to; one where nobody reads them."""
         return self.buckets.text if self.reads_question else (1,)
 
-    def padded_questions(self, questions: Sequence[Sequence[int]], images: int) -> np.ndarray:
-        """The token ids of what is asked about each image, of a bucket's length: int32 `[I, Q]`."""
-        longest = max((len(question) for question in questions), default=1) or 1
+    def padded_questions(
+        self, questions: Sequence[str], images: int, width: int = 1
+    ) -> np.ndarray | None:
+        """Token ids of what is asked about each image, of a bucket's length: int32 `[I, Q]`.
+
+        None where the method does not read them.
+        """
+        if not self._embeds_question:
+            return None
+        each = [self.processor.ids_of(self._read(question)) for question in questions]
+        self._check_known(itertools.chain(*each))
+        longest = max(width, *map(len, each), 1)
         ids = np.full((images, self.buckets.fit("text", longest)), -1, np.int32)
-        for own, question in zip(ids, questions, strict=False):
+        for own, question in zip(ids, each, strict=False):
             own[: len(question)] = question
         return ids
 
-    def _embedded(self, questions: Sequence[Sequence[int]], shape: ImageShape) -> Questions:
-        ids = self.padded_questions(questions, shape.images)
-        found: Questions = stages.embed_questions(
-            self.arrays, spread(ids, self.mesh), config=self.config
-        )
-        return found
+    def question_parts(
+        self, questions: Sequence[str], images: int, width: int = 1
+    ) -> np.ndarray | None:
+        """What is asked about each image, for the text tower: see `TextTower.parts_of`.
+
+        As many parts as a question of a bucket's length has; None where nobody reads them.
+        """
+        if self.text_tower is None:
+            return None
+        each = [self.text_tower.ids_of(self._read(question)) for question in questions]
+        longest = max(width, *map(len, each), 1)
+        return self.text_tower.parts_of(each, images, self.buckets.fit("text", longest))
+
+    def _read(self, question: str) -> str:
+        """What the method reads of a question."""
+        return question if self.plan.vision is None else self.plan.vision.read(question)
+
+    def _asked(
+        self, encoded: Encoded, questions: Sequence[str], width: int
+    ) -> tuple[VisionOutput, Questions | None]:
+        """What both towers give, and the questions for a method that reads them."""
+        vision, asked = encoded.vision, None
+        ids = self.padded_questions(questions, encoded.shape.images, width)
+        if ids is not None:
+            asked = stages.embed_questions(self.arrays, spread(ids, self.mesh), config=self.config)
+        parts = self.question_parts(questions, encoded.shape.images, width)
+        if self.text_tower is not None:
+            vision = stages.compare(
+                self.text_tower.arrays,
+                vision,
+                encoded.packing,
+                spread(parts, self.mesh),
+                config=self.text_tower.config,
+            )
+        return vision, asked
 
     # ---- prompts
 
     def check_ids(self, rows: Sequence[Row]) -> None:
         """Raise `UserError` for a token id that the model's embedding has no row for."""
-        size = self.config.text_config.vocab_size
         for row in rows:
-            ids = [token for piece in row.pieces for token in piece]
-            for token in (*ids, *row.answer, *row.question):
-                if not 0 <= token < size:
-                    text = self.processor.tokenizer.convert_ids_to_tokens(token)
-                    raise UserError(
-                        f"The prompt has the token {text!r} of id {token}, but the model's "
-                        f"embedding has {size} rows; tokenizer and weights are not of one model."
-                    )
+            self._check_known(itertools.chain(*row.pieces, row.answer))
+
+    def _check_known(self, ids: Iterable[int]) -> None:
+        size = self.config.text_config.vocab_size
+        for token in ids:
+            if not 0 <= token < size:
+                text = self.processor.tokenizer.convert_ids_to_tokens(token)
+                raise UserError(
+                    f"The prompt has the token {text!r} of id {token}, but the model's embedding "
+                    f"has {size} rows; tokenizer and weights are not of one model."
+                )
 
     def context_left(self, rows: Sequence[Row], room: ImageRoom) -> np.ndarray:
         """New tokens that each row has place for in the model's context: int `[rows]`.
@@ -459,7 +527,9 @@ class Engine:
         if method is not None and room.visual:
             distinct = self.buckets.schedule_lengths
             schedule = (
-                gather_schedule(method, self.depth, room, distinct=distinct, multiple=self.multiple)
+                gather_schedule(
+                    method, self.depth, room, distinct=distinct, multiple=self.shapes.multiple
+                )
                 if self.gather
                 else mask_schedule(method, self.depth, room)
             )
@@ -582,11 +652,15 @@ class Engine:
 
     def _layout(self, prompt: Prompt) -> Embedded:
         """Where every token goes, on the devices."""
-        layout = prompt.layout.embedded
-        axis = len(self.config.position_axes)  # of the rows, in positions
-        embedded: Embedded = spread(layout, self.mesh)
-        return embedded._replace(positions=spread(layout.positions, self.mesh, axis=axis))
+        return spread_layout(prompt.layout.embedded, self.config, self.mesh)
 
     def _seen(self, seen: Seen, counts: Any) -> tuple[Any, Any]:
         """Visual tokens and a schedule's counts, `[L, B]`, on the devices."""
         return spread(seen.selection, self.mesh), spread(counts, self.mesh, axis=1)
+
+
+def spread_layout(layout: Embedded, config: ModelConfig, mesh: Mesh | None) -> Embedded:
+    """Where every token of a batch goes, on a mesh's devices."""
+    axis = len(config.position_axes)  # of the rows, in positions
+    embedded: Embedded = spread(layout, mesh)
+    return embedded._replace(positions=spread(layout.positions, mesh, axis=axis))

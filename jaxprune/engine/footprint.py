@@ -1,4 +1,12 @@
-"""How much a request will take in the tower and in the decoder, before it is tried."""
+"""How much a request will take in the tower and in the decoder, before it is tried.
+
+What choosing patches takes is left out. It comes between the two and is below what prefill takes:
+squares of float32 over an image's patches, at most `methods.counted.AT_ONCE` pairs at a time. XLA
+gives `divprune`, `holov` and `mmtok` 90 to 110 MB for eight rows of LLaVA-1.5-7B and 640 to 810 MB
+for eight of LLaVA-NeXT's. An unpruned prefill takes 3.5 and 14.5 GB there, one of the 64 and 160
+tokens that are left 1.1 and 1.8 GB. SparseVLM's clusters take 85 MB for eight rows (all from the
+compiler's `memory_analysis`, on a CPU); CLIP's text tower less than a layer of the vision tower.
+"""
 
 import functools
 from collections.abc import Sequence
@@ -10,6 +18,7 @@ from jaxprune.engine.cost import executed
 from jaxprune.models.family import ModelConfig
 from jaxprune.ops.attention import limits, scratch_bytes
 from jaxprune.ops.cuts import Schedule
+from jaxprune.ops.visual import PROJECTED, Signal
 
 
 def request_bytes(
@@ -44,18 +53,37 @@ def request_bytes(
     mlp = batch * slots * (2 * c.hidden_size + 2 * c.intermediate_size) * item
     H, K = c.num_attention_heads, c.num_key_value_heads
     weights = scratch_bytes(batch, slots, heads=H, key_value_heads=K, block=limits.BLOCK)
-    score = schedule.ranker.score
-    if score is not None and set(score.queries) <= {"last", "text"}:
-        rows = 1 if score.queries == ("last",) else schedule.query_slots or slots
+    asks = schedule.ranker.asks
+    if asks and set(asks) <= {"last", "text"}:
+        rows = 1 if asks == ("last",) else schedule.query_slots or slots
         weights = max(weights, 2 * batch * H * min(rows, slots) * slots * 4)  # once more
     last = 2 * batch * c.vocab_size * 4
     return caches, max(attention + weights, mlp) + last
+
+
+def tower_bytes(
+    config: ModelConfig, tiles: int, signals: frozenset[Signal] = frozenset()
+) -> tuple[int, int]:
+    """About what encoding tiles takes beside the weights: what stays, and a layer at work.
+
+    Args:
+        config: the model's config.
+        tiles: how many.
+        signals: what is asked for besides features and keys.
+    """
+    stays, works = config.tower.bytes(tiles)
+    if PROJECTED not in signals:
+        return stays, works
+    c = config.text_config
+    projected = tiles * config.tower.tokens_per_tile * c.hidden_size * np.dtype(c.dtype).itemsize
+    return stays + projected, max(works, 2 * projected)  # and the projector's inner layer
 
 
 def check_tower_memory(
     config: ModelConfig,
     *,
     tiles: int,
+    signals: frozenset[Signal] = frozenset(),
     images: Sequence[int] = (),
     image_tiles: int = 1,
     devices: int = 1,
@@ -66,14 +94,15 @@ def check_tower_memory(
     Args:
         config: the model's config.
         tiles: of all images.
+        signals: what the tower has to give besides features and keys.
         images: numbers of images that can be asked for instead.
         image_tiles: of each of these.
         devices: that share the tiles.
         free: bytes of each; None where that is not known.
     """
     check_fits(
-        lambda number: config.tower.bytes(number * image_tiles),
-        config.tower.bytes(tiles),
+        lambda number: tower_bytes(config, number * image_tiles, signals),
+        tower_bytes(config, tiles, signals),
         f"{tiles} tiles of images",
         numbers=images,
         unit="images",

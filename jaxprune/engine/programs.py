@@ -12,8 +12,8 @@ import numpy as np
 from jaxprune.engine import stages
 from jaxprune.engine.buckets import DEFAULT_BUCKETS, Buckets
 from jaxprune.engine.engine import MOST_EOS
-from jaxprune.engine.schedules import ALIGNED, candidates_left, gather_schedule
-from jaxprune.engine.shapes import RowRoom, Shapes
+from jaxprune.engine.schedules import candidates_left, gather_schedule
+from jaxprune.engine.shapes import ALIGNED, RowRoom, Shapes
 from jaxprune.errors import UserError
 from jaxprune.inputs.layout import ImageRoom, lay_out
 from jaxprune.inputs.request import Row
@@ -52,6 +52,7 @@ class Padded:
     batch: int
     tiles: int
     images: int
+    capacity: int
     room: RowRoom
     new_slots: int
     schedule: Schedule
@@ -70,11 +71,11 @@ def padded(config: ModelConfig, plan: Plan, sizes: Sizes) -> Padded:
         UserError: for sizes over the largest bucket or the model's context, or a method that
             decides by the image and no number of visual tokens.
     """
-    shapes, buckets = Shapes(sizes.buckets, config, plan.vision), sizes.buckets
+    shapes, buckets = Shapes(sizes.buckets, config, plan.vision, ALIGNED), sizes.buckets
     batch = buckets.fit("batch", sizes.batch)
     shape = shapes.of_images(sizes.batch, _tiling(config, sizes).tiles)
     capacity = _capacity(shapes, plan, sizes)
-    room = RowRoom(buckets.fit("text", sizes.text_tokens), capacity)
+    room = shapes.of_rows(sizes.text_tokens, 1, capacity, capacity)
     context = config.text_config.context_length
     if room.slots > context:
         raise UserError(
@@ -88,7 +89,8 @@ def padded(config: ModelConfig, plan: Plan, sizes: Sizes) -> Padded:
             plan.decoder, depth_of(config), room, distinct=distinct, multiple=ALIGNED
         )
     new_slots = buckets.fit("new_tokens", sizes.new_tokens)
-    return Padded(batch, shape.images * shape.tiles, shape.images, room, new_slots, schedule)
+    tiles = shape.images * shape.tiles
+    return Padded(batch, tiles, shape.images, capacity, room, new_slots, schedule)
 
 
 def through_stages(
@@ -119,6 +121,11 @@ def through_stages(
     side = config.tower.tile_size
     pixels = jax.ShapeDtypeStruct((whole.tiles, side, side, 3), np.float32)
     pixels, packing = place((pixels, packing), 0)
+    if method is not None and method.compares_text:
+        raise UserError(
+            f"{method.name} goes by a CLIP's text tower, which is not compiled without a model; "
+            "warm up the model that is loaded with it."
+        )
     signals = frozenset() if method is None else method.signals
     vision = run(
         "encode", stages.encode, params, pixels, packing.frames, config=config, signals=signals
@@ -137,11 +144,11 @@ def through_stages(
         packing,
         asked,
         chooses,
-        capacity=whole.room.visual,
+        capacity=whole.capacity,
         images=shapes.visual_slots(shape.images, whole.batch, 1),
     )
-    one = np.full(sizes.batch, whole.room.visual)
-    room = ImageRoom(one, one, np.full(sizes.batch, tiling.num_cls), whole.room.visual)
+    one = np.full(sizes.batch, whole.capacity)
+    room = ImageRoom(one, one, np.full(sizes.batch, tiling.num_cls), whole.capacity)
     rows = [Row([[1], [1] * (sizes.text_tokens - 1)], [i]) for i in range(sizes.batch)]
     axes = config.position_axes
     layout = lay_out(rows, room, batch=whole.batch, sequence=whole.room.slots, axes=axes)
@@ -192,8 +199,9 @@ def _capacity(shapes: Shapes, plan: Plan, sizes: Sizes) -> int:
     if plan.vision is None:
         return shapes.of_selection(shape, tiling.num_tokens)
     if sizes.visual_tokens is None:
+        fixed_keep = ", or a fixed keep" if shapes.config.one_tile else ""
         raise UserError(
             f"How many tokens {plan.vision.name} leaves depends on the image; give their number "
-            "as visual_tokens (--visual-tokens), or a fixed keep."
+            f"as visual_tokens (--visual-tokens){fixed_keep}."
         )
     return shapes.of_selection(shape, sizes.visual_tokens)

@@ -12,9 +12,6 @@ from jaxprune.inputs.layout import Layout
 from jaxprune.methods.base import DecoderMethod, removed_table
 from jaxprune.ops.cuts import QUESTION, Depth, Schedule
 
-ALIGNED = 16
-"""Rows of a tile in 16 bits: on an accelerator other lengths are copied from layout to layout."""
-
 
 @functools.lru_cache(maxsize=256)
 def gather_schedule(
@@ -27,7 +24,7 @@ def gather_schedule(
         depth: the model's.
         room: the batch's buckets.
         distinct: how many different lengths the layers may have; None for any number.
-        multiple: that lengths are rounded up to, see `ALIGNED`.
+        multiple: that lengths are rounded up to, see `shapes.ALIGNED`.
     """
     table = removed_table(method, depth, room.visual)  # [visual + 1, L]
     # Not the largest row's: with rounding, fewer tokens may leave more behind. A row whose

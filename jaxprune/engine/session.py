@@ -132,8 +132,7 @@ def begin(engine: Engine, request: Request, asks: Sequence[Ask], clock: Clock) -
         request = request.with_own_images()
     rows, processor = request.rows, engine.processor
     tilings = [engine.config.tiling(size_of(image)) for image in request.images]
-    if engine.plan.vision is not None and tilings:
-        engine.plan.vision.check(min(tiling.num_patches for tiling in tilings))
+    engine.check_images(request.images, tilings)
     batch = engine.buckets.fit("batch", len(rows))
     # Before any work on an accelerator: the part of the length that is known now.
     engine.check_ids(rows)

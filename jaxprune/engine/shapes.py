@@ -6,19 +6,32 @@ from typing import NamedTuple
 from jaxprune.engine.buckets import Buckets
 from jaxprune.methods.base import VisionMethod
 from jaxprune.models.family import ModelConfig
-from jaxprune.ops.tiles import VisualSize
+from jaxprune.ops.tiles import Tiling, VisualSize
+
+ALIGNED = 16
+"""Rows of a tile in 16 bits: on an accelerator other lengths are copied from layout to layout."""
 
 
 def tokens_left(config: ModelConfig, method: VisionMethod) -> int | None:
-    """Visual tokens that a method leaves of an image of one tile, where images do not differ.
-
-    Its patches, the method's extra tokens, and what is no patch: a CLS token, say.
-    """
+    """Visual tokens that a method leaves of an image of one tile, where images do not differ."""
     tiling = config.tiling(VisualSize(config.tower.tile_size, config.tower.tile_size))
-    patches = method.fixed_count(tiling.num_patches) if config.one_tile else None
+    return tokens_left_of(tiling, method) if config.one_tile else None
+
+
+def tokens_left_of(tiling: Tiling, method: VisionMethod) -> int | None:
+    """Visual tokens that a method leaves of an image of one tile, or of a video, if it says so.
+
+    Its patches, the method's extra tokens, and what is no patch: CLS tokens, say.
+    """
+    patches = None
+    if tiling.video:
+        patches = method.video_count(tiling.tiles, tiling.num_patches // tiling.tiles)
+    elif tiling.tiles == 1:
+        patches = method.fixed_count(tiling.num_patches)
     if patches is None:
         return None
-    return patches + method.extra_tokens.number + tiling.num_tokens - tiling.num_patches
+    extra = tiling.tiles * method.extra_tokens.number
+    return patches + extra + tiling.num_tokens - tiling.num_patches
 
 
 class RowRoom(NamedTuple):
@@ -54,11 +67,13 @@ class Shapes:
         buckets: the sizes that are allowed.
         config: the model's config.
         method: the vision-side method, or None.
+        multiple: that the slots of rows with images are rounded up to, see `ALIGNED`.
     """
 
     buckets: Buckets
     config: ModelConfig
     method: VisionMethod | None
+    multiple: int = 1
 
     def of_images(self, number: int, tiles: int) -> ImageShape:
         """Room for `number` images of up to `tiles` tiles."""
@@ -113,9 +128,8 @@ class Shapes:
         if not row_images:
             return RowRoom(text, 0)
         whole = self.buckets.fit("row_images", row_images) * capacity
-        if longest == whole:
-            return RowRoom(text, whole)
-        return RowRoom(text, min(self.buckets.fit("visual", longest), whole))
+        visual = whole if longest == whole else min(self.buckets.fit("visual", longest), whole)
+        return RowRoom(text, visual + -(text + visual) % self.multiple)
 
     def every_image(self) -> list[ImageShape]:
         """All that `of_images` can give."""

@@ -1,6 +1,7 @@
 """The jitted stages of a request, each one program per shape; `engine` puts them together.
 
 encode         pixels of tiles -> features and signals
+compare        features and questions -> one signal more, for a method that goes by it
 count, select  -> visual tokens that are left of each image
 embed          project, merge into the text embeddings
 prefill        all layers, dropping tokens -> first token, caches
@@ -28,6 +29,8 @@ from jaxprune.engine.sampling import (
 )
 from jaxprune.errors import UserError
 from jaxprune.methods.base import VisionMethod
+from jaxprune.models.clip import ClipTextConfig
+from jaxprune.models.clip.modeling import similar_to_texts
 from jaxprune.models.family import Arrays, Embedded, LayerCache, ModelConfig, Prefilled
 from jaxprune.models.registry import family_of
 from jaxprune.ops.cuts import Schedule, Tokens, is_last
@@ -44,7 +47,7 @@ from jaxprune.ops.tiles import (
     line_up,
     patches_of,
 )
-from jaxprune.ops.visual import Selection, Signal, VisionOutput
+from jaxprune.ops.visual import TEXT_SIMILARITY, Selection, Signal, VisionOutput
 
 
 class DecodeState(NamedTuple):
@@ -114,6 +117,27 @@ def embed_questions(
     """Questions in the decoder's embeddings; ids below 0 are padding."""
     tokens = family_of(config).embed_text(params, config, jnp.maximum(token_ids, 0))
     return Questions(tokens, token_ids >= 0)
+
+
+@functools.partial(jax.jit, static_argnames=("config",))
+def compare(
+    params: Arrays,
+    vision: VisionOutput,
+    packing: Packing,
+    texts: Int[Array, "I Q S"],
+    *,
+    config: ClipTextConfig,
+) -> VisionOutput:
+    """What a tower gives, and how similar each patch is to what is asked about its image.
+
+    Args:
+        params, config: the text tower's.
+        vision: what the vision tower gives.
+        packing: how its tiles make up images.
+        texts: what is asked about each image, in parts; see `similar_to_texts`.
+    """
+    similar = similar_to_texts(params, config, vision.features, texts, packing.image)
+    return vision._replace(signals={**vision.signals, TEXT_SIMILARITY: similar})
 
 
 @jax.jit

@@ -170,7 +170,7 @@ class _WarmUp:
                 self._empty(images.shape),
                 batch=images.batch,
                 row_images=images.row_images,
-                questions=[[0] * width],
+                question_width=width,
                 capacity=images.capacity,
                 clock=Clock(),
             )

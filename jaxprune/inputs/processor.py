@@ -63,11 +63,7 @@ class Processor:
         Raises:
             UserError: where the tokenizer's files are such that it fails.
         """
-        with _told_of_tokenizer():
-            # Not verbose: what is too long for the model is refused elsewhere, in other words.
-            encoded = self.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)
-            ids: list[int] = encoded["input_ids"]
-            return ids
+        return ids_of(self.tokenizer, text, add_special_tokens=add_special_tokens)
 
     def text_of(self, ids: Sequence[int]) -> str:
         """The text of token ids, special ones left out.
@@ -115,6 +111,31 @@ class Processor:
         """Whether the tokenizer puts its beginning of sequence in front of a text."""
         bos = self.tokenizer.bos_token_id
         return bos is not None and self.ids_of("a", add_special_tokens=True)[:1] == [bos]
+
+
+def ids_of(tokenizer: Any, text: str, *, add_special_tokens: bool) -> list[int]:
+    """The token ids of a text, however long.
+
+    Raises:
+        UserError: where the tokenizer's files are such that it fails.
+    """
+    with _told_of_tokenizer():
+        # Not verbose: what is too long for the model is refused elsewhere, in other words.
+        encoded = tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)
+        ids: list[int] = encoded["input_ids"]
+        return ids
+
+
+def load_tokenizer(directory: pathlib.Path, model_type: str) -> Any:
+    """The tokenizer of a directory with a model of some type of `transformers`.
+
+    Raises:
+        UserError: when it is missing or damaged.
+    """
+    with _no_advice():
+        from transformers import AutoConfig
+
+    return _tokenizer(directory, {"config": AutoConfig.for_model(model_type)}, original=False)
 
 
 def load_processor(

@@ -297,17 +297,17 @@ def _plain_places(messages: Sequence[Message]) -> int:
 
 
 def question_of(prompt: Any) -> str:
-    """What the user asks last, without places of images; "" for what is no prompt."""
+    """What the user asks last, on one line and without places of images; "" for no prompt."""
     if isinstance(prompt, str):
         text = _escaped(prompt, text_only=False).replace(IMAGE_PLACEHOLDER, " ")
-        return text.replace(AS_TEXT, IMAGE_PLACEHOLDER).strip()
+        return " ".join(text.replace(AS_TEXT, IMAGE_PLACEHOLDER).split())
     last = prompt[-1] if isinstance(prompt, Sequence) and prompt else {}
     if not isinstance(last, Mapping) or "content" not in last:
         return ""
     if isinstance(last["content"], str):
         return question_of(last["content"])
     texts = [p.get("text") for p in _parts(last) if isinstance(p, Mapping) and not _is_image(p)]
-    return " ".join(text for text in texts if isinstance(text, str)).strip()
+    return " ".join(" ".join(text for text in texts if isinstance(text, str)).split())
 
 
 def render(processor: Processor, messages: Sequence[Message]) -> str:

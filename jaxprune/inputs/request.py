@@ -23,6 +23,8 @@ from jaxprune.inputs.prompts import (
 from jaxprune.inputs.videos import Visual, seen_as
 from jaxprune.models.family import IMAGE_PLACEHOLDER
 
+NO_LABEL = -1
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -32,13 +34,16 @@ class Row:
         pieces: the token ids between its images.
         images: which of the request's images those are.
         answer: a teacher-forced answer where one is to be scored.
-        question: token ids of what the user asked last, the template's words left out.
+        question: what the user asked last, the template's words and line breaks left out.
+        labels: what is to be said where each of the answer's tokens stands, `NO_LABEL` where
+            nothing is learned; None: those tokens themselves.
     """
 
     pieces: list[list[int]]
     images: list[int]
     answer: Sequence[int] = ()
-    question: Sequence[int] = ()
+    question: str = ""
+    labels: Sequence[int] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,13 +61,13 @@ class Request:
     single: bool
 
     @property
-    def questions(self) -> list[Sequence[int]]:
+    def questions(self) -> list[str]:
         """What is asked about each image, by the first row that has it."""
-        asked: dict[int, Sequence[int]] = {}
+        asked: dict[int, str] = {}
         for row in self.rows:
             for image in row.images:
                 asked.setdefault(image, row.question)
-        return [asked.get(image, ()) for image in range(len(self.images))]
+        return [asked.get(image, "") for image in range(len(self.images))]
 
     def repeated(self, number: int) -> "Request":
         """Every row so many times over."""
@@ -135,13 +140,23 @@ def make_request(
                 loaded += seen
             own += distinct[id(item)]
         pieces = tokenize(processor, text, len(own))
-        said = () if answers is None else _answer_ids(processor, text, answers[i], pieces)
-        rows.append(Row(pieces, own, said, processor.ids_of(asked)))
+        said = () if answers is None else answer_ids(processor, text, answers[i], pieces)
+        rows.append(Row(pieces, own, said, asked))
     return Request(rows, loaded, single)
 
 
-def _answer_ids(processor: Processor, text: str, answer: str, pieces: list[list[int]]) -> list[int]:
-    """Token ids of an answer after a prompt, which may split it otherwise than alone."""
+def answer_ids(processor: Processor, text: str, answer: str, pieces: list[list[int]]) -> list[int]:
+    """Token ids of an answer after a prompt, which may split it otherwise than alone.
+
+    Args:
+        processor: with the tokenizer.
+        text: the prompt's.
+        answer: what is said.
+        pieces: what `tokenize` gives for the prompt.
+
+    Returns:
+        They and the end of the sequence, where the model has one.
+    """
     space, answer = "" if text[-1:].isspace() else " ", answer.strip()
     said = answer.replace(IMAGE_PLACEHOLDER, AS_TEXT)
     *_, last = tokenize(processor, text + space + said, len(pieces) - 1)

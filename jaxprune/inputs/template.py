@@ -90,6 +90,7 @@ class _Worker:
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
+        self._ready = False  # it has answered once, so it has started
         self._lock = threading.Lock()
 
     def start(self) -> None:
@@ -100,6 +101,7 @@ class _Worker:
     def _start(self) -> None:
         if self._process is None or self._process.poll() is not None:
             self.end()
+            self._ready = False
             self._process = subprocess.Popen(
                 [sys.executable, "-P", str(_WORKER)],
                 stdin=subprocess.PIPE,
@@ -119,7 +121,8 @@ class _Worker:
         with self._lock:
             self._start()
             try:
-                answer = self._ask(b"{}\n", START_SECONDS) and self._ask(line, SECONDS)
+                self._ready = self._ready or self._ask(b"{}\n", START_SECONDS) is not None
+                answer = self._ask(line, SECONDS) if self._ready else None
             except BaseException:  # its answer would be taken for the next one's
                 self.end()
                 raise

@@ -48,6 +48,8 @@ class DecoderSizes(Protocol):
     def context_length(self) -> int: ...
     @property
     def dtype(self) -> str: ...
+    @property
+    def int8(self) -> bool: ...
 
 
 @runtime_checkable  # so that the tests can check it
@@ -65,6 +67,10 @@ class TowerSizes(Protocol):
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of a tile's visual tokens."""
+
+    @property
+    def spare_cls(self) -> bool:
+        """Whether every tile has a CLS token that could be a visual token and is none."""
 
     def instead(self, signal: Signal) -> Signal:
         """What the tower gives for a signal: that itself, or what stands in for it."""

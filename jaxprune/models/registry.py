@@ -72,6 +72,11 @@ def sizes(config: ModelConfig) -> tuple[object, ...]:
 
 @functools.lru_cache(maxsize=64)
 def depth_of(config: ModelConfig) -> Depth:
-    """What decoder-side methods have to know of a model: its layers, what recipes call it."""
+    """What methods have to know of a model: its layers, its CLS token, what recipes call it."""
     presets = [name for name, make in PRESETS.items() if sizes(make()) == sizes(config)]
-    return Depth(config.text_config.num_hidden_layers, frozenset([fingerprint(config), *presets]))
+    return Depth(
+        config.text_config.num_hidden_layers,
+        frozenset([fingerprint(config), *presets]),
+        spare_cls=config.tower.spare_cls,
+        grid=config.tower.grid,
+    )

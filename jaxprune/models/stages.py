@@ -65,6 +65,7 @@ class DecoderStages:
         """Text embeddings with the visual ones laid in where the images stand."""
         token_ids, index, kind, positions, lengths = map(jnp.asarray, layout)
         x = self.embed_text(params, config, token_ids)
+        cell = jnp.full((2, *kind.shape), -1, jnp.int32)
         if selection is not None:
             is_visual, at = index >= 0, jnp.maximum(index, 0)
             visual = self.visual_embeddings(params, config, selection)
@@ -75,8 +76,11 @@ class DecoderStages:
             positions = positions + jnp.where(is_visual, within, 0)
             patch = jnp.take(selection.indices.reshape(-1), at, mode="clip")
             kind = jnp.where(is_visual & (patch <= CLS), CONTEXT, kind)
+            place = patch % config.tower.tokens_per_tile
+            cells = jnp.stack(jnp.divmod(place, config.tower.grid[1]))
+            cell = jnp.where(is_visual & (patch >= 0), cells, -1).astype(jnp.int32)
         slots = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
-        return Tokens(x, positions, slots < lengths[:, None], kind, slots)
+        return Tokens(x, positions, slots < lengths[:, None], kind, slots, cell)
 
     def prefill(
         self,

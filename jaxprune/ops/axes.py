@@ -28,6 +28,7 @@ Attention:
 A lower-case word names an axis of one file, such as the equal `parts` of an axis.
 """
 
+import jax
 import numpy as np
 from jaxtyping import Array
 
@@ -36,3 +37,8 @@ AnyArray = Array | np.ndarray
 
 DATA_AXIS, MODEL_AXIS = "data", "model"
 """Axes of a device mesh: rows of a batch are spread over the one, every layer over the other."""
+
+
+def on_mesh() -> bool:
+    """Whether arrays are laid over a mesh of devices: a loop over rows would gather them."""
+    return not jax.sharding.get_abstract_mesh().empty

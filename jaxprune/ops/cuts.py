@@ -11,16 +11,17 @@ The counts are traced in both, so they never cause a compilation.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxprune.errors import UserError, check_choice
 from jaxprune.ops.attention import Watch
-from jaxprune.ops.ranking import descending_order, nonzero_first, ranks
+from jaxprune.ops.ranking import LEAST, descending_order, nonzero_first, ranks
 
 Tree = TypeVar("Tree")
 
@@ -32,25 +33,29 @@ LAST = 3  # the prompt's last token: asked, never pruned
 ANSWER = 4  # a teacher-forced answer: never pruned, never asked
 LAST_VISUAL = 5  # the same as LAST, of a prompt that ends with an image
 
+KEPT = "kept"
+"""The name, to `jax.checkpoint`, of which candidates stay."""
+
 AFTER_ATTENTION = "after_attention"
 BETWEEN_LAYERS = "between_layers"
 
 QUERIES = ("last", "text", "visual", "all")
 
 
-_LEAST = float(np.finfo(np.float32).min)
-
-
 class Depth(NamedTuple):
-    """What a decoder-side method has to know of a model.
+    """What a method has to know of a model.
 
     Attributes:
         num_hidden_layers: of its decoder.
         made_for: the names by which recipes know it: presets of its sizes, its fingerprint.
+        spare_cls: whether its tower has a CLS token that could be a visual token and is none.
+        grid: rows and columns of a tile's visual tokens; None: of whatever square holds them.
     """
 
     num_hidden_layers: int
     made_for: frozenset[str] = frozenset()
+    spare_cls: bool = False
+    grid: tuple[int, int] | None = None
 
 
 class Tokens(NamedTuple):
@@ -62,7 +67,10 @@ class Tokens(NamedTuple):
             carried along, never implied by the slot.
         valid: bool `[B, S]`; a slot that is not valid is padding.
         kind: int32 `[B, S]`, what a token is to a schedule.
-        slot: int32 `[B, S]`, where the token stood when it entered the decoder.
+        slot: int32 `[B, S]`, where the token stood when it entered the decoder; -1 for one
+            that is made of others at a cut.
+        cell: int32 `[2, B, S]`, row and column of a visual token's patch in the grid of its
+            tile; -1 for what is no patch. None where there are no images.
     """
 
     x: Float[Array, "B S D"]
@@ -70,6 +78,7 @@ class Tokens(NamedTuple):
     valid: Bool[Array, "B S"]
     kind: Int[Array, "B S"]
     slot: Int[Array, "B S"]
+    cell: Int[Array, "2 B S"] | None = None
 
 
 class LayerView(NamedTuple):
@@ -83,6 +92,11 @@ class LayerView(NamedTuple):
         q_plain, k_plain: the same before rotation.
         watched: what `received` gives, or None.
         output: what `after` gives, or None.
+        layer: its number.
+        final_norm: the decoder's last norm, for `normed`.
+        angles: `[B, S, half]`, by which queries and keys are rotated.
+        entered: the tokens as they entered the decoder; a token's slot says which it was.
+        text_slots: an upper bound of a row's text tokens; None: there may be any number.
     """
 
     tokens: Tokens
@@ -93,6 +107,11 @@ class LayerView(NamedTuple):
     k_plain: Float[Array, "B J S d"]
     watched: Float[Array, "n B S"] | None = None
     output: Float[Array, "B S D"] | None = None
+    layer: int = 0
+    final_norm: Callable[[Float[Array, "B S D"]], Float[Array, "B S D"]] | None = None
+    angles: Float[Array, "B S half"] | None = None
+    entered: Tokens | None = None
+    text_slots: int | None = None
 
     @property
     def received(self) -> Float[Array, "n B S"]:
@@ -122,6 +141,12 @@ class LayerView(NamedTuple):
             )
         return self.output
 
+    @property
+    def normed(self) -> Float[Array, "B S D"]:
+        """What `after` gives under the decoder's last norm, as the logits are made of it."""
+        assert self.final_norm is not None
+        return self.final_norm(self.after)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Score:
@@ -133,11 +158,14 @@ class Score:
         heads: "mean" or "max" over the heads.
         later: a token's own attention does not count, and its sum is divided by the number
             of the queries after it; without, sums are compared as they are.
+        rotated: the attention is the layer's own; else that of its queries and keys before
+            rotation, which does not see how far apart tokens stand.
     """
 
     queries: tuple[str, ...]
     heads: str = "mean"
     later: bool = False
+    rotated: bool = True
 
     def __post_init__(self) -> None:
         check_choice("heads", self.heads, ("mean", "max"))
@@ -145,6 +173,18 @@ class Score:
             raise UserError(f"queries are {self.queries!r}; expected a tuple of names.")
         for name in self.queries:
             check_choice("queries", name, QUERIES)
+
+
+class Recycled(NamedTuple):
+    """New tokens that stand for dropped ones.
+
+    Attributes:
+        x: `[B, R, D]`, hidden states.
+        number: int32 `[B]`, how many of them there are in each row, the first ones.
+    """
+
+    x: Float[Array, "B R D"]
+    number: Int[Array, " B"]
 
 
 @runtime_checkable  # so that the tests can check it
@@ -155,10 +195,19 @@ class Ranker(Protocol):
     def score(self) -> Score | None:
         """The attention that its layers have to note down, if any."""
 
+    @property
+    def asks(self) -> tuple[str, ...]:
+        """Whose attention it goes by, noted down or computed by itself, as in `Score.queries`."""
+
     def keep(
         self, view: LayerView, candidates: Bool[Array, "B S"], count: Int[Array, " B"]
     ) -> Bool[Array, "B S"]:
         """Which candidates stay, at most `count` of them; what it says of others is not heard."""
+
+    def recycle(
+        self, view: LayerView, dropped: Bool[Array, "B S"], room: Int[Array, " B"]
+    ) -> Recycled | None:
+        """What is made of dropped tokens, at most `room` new ones; asked between layers alone."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,12 +216,21 @@ class ByAttention:
 
     score: Score | None = None
 
+    @property
+    def asks(self) -> tuple[str, ...]:
+        return () if self.score is None else self.score.queries
+
     def keep(
         self, view: LayerView, candidates: Bool[Array, "B S"], count: Int[Array, " B"]
     ) -> Bool[Array, "B S"]:
         first = self.score is None
         score = jnp.zeros(candidates.shape) if first else jnp.prod(view.received, axis=0)
         return keep_best(score, candidates, count)
+
+    def recycle(
+        self, view: LayerView, dropped: Bool[Array, "B S"], room: Int[Array, " B"]
+    ) -> Recycled | None:
+        return None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -213,6 +271,7 @@ class Schedule:
             heads=score.heads,
             later=score.later,
             rows=rows if few else None,
+            rotated=score.rotated,
         )
 
     def apply(
@@ -239,7 +298,14 @@ class Schedule:
         among = candidates(tokens, prune_text=self.prune_text)
         # A method of a user's own may say of what is no candidate, or of how many, what it likes.
         kept = keep_masked(self.ranker.keep(view, among, counts[layer]), among, counts[layer])
-        return self.cut_to(layer, tokens._replace(valid=tokens.valid & kept), others)
+        # Named, so that a gradient that computes a layer again does not decide again.
+        kept = checkpoint_name(kept, KEPT)
+        dropped, room = among & ~kept, counts[layer] - jnp.sum(among & kept, axis=1)
+        left = tokens._replace(valid=tokens.valid & kept)
+        if cut == BETWEEN_LAYERS:
+            new = self.ranker.recycle(view, dropped, room)
+            left = left if new is None else with_recycled(left, new, among, dropped)
+        return self.cut_to(layer, left, others)
 
     def cut_to(self, layer: int, tokens: Tokens, others: Tree) -> tuple[Tokens, Tree]:
         """The tokens that are still valid, in the layer's slots and at their positions."""
@@ -308,7 +374,7 @@ def keep_best(
         True for everything that is no candidate.
     """
     score = score.astype(jnp.float32)
-    score = jnp.where(score > _LEAST, score, _LEAST)  # -inf and NaN are still a candidate's
+    score = jnp.where(score > LEAST, score, LEAST)  # -inf and NaN are still a candidate's
     rank = ranks(descending_order(jnp.where(candidates, score, -jnp.inf)))
     return ~candidates | (rank < count[:, None])
 
@@ -321,14 +387,60 @@ def keep_masked(
     return ~candidates | (kept & (jnp.cumsum(kept, axis=1) <= count[:, None]))
 
 
+def with_recycled(
+    tokens: Tokens, new: Recycled, candidates: Bool[Array, "B S"], dropped: Bool[Array, "B S"]
+) -> Tokens:
+    """The tokens with new ones in the slots of dropped ones, behind what was the last candidate.
+
+    All new ones have the position of the last dropped one, and no slot or cell of their own.
+
+    Args:
+        tokens: without those that are dropped.
+        new: no more than are dropped.
+        candidates: what was to be chosen from.
+        dropped: which of these are gone.
+    """
+    B, S = dropped.shape
+    slots = nonzero_first(dropped, min(new.x.shape[1], S))  # [B, R]
+    R = slots.shape[1]
+    number, used = jnp.arange(B)[:, None], jnp.arange(R) < new.number[:, None]
+    fresh = jnp.zeros((B, S), bool).at[number, slots].max(used)
+
+    def last(where: Bool[Array, "B S"]) -> Int[Array, "B 1"]:
+        return jnp.max(jnp.where(where, jnp.arange(S), 0), axis=1, keepdims=True)
+
+    x = new.x[:, :R].astype(tokens.x.dtype)
+    x = tokens.x.at[number, slots].set(jnp.where(used[..., None], x, _take(tokens.x, slots)))
+    placed = Tokens(
+        x=x,
+        positions=jnp.where(fresh, _take_last(tokens.positions, last(dropped)), tokens.positions),
+        valid=tokens.valid | fresh,
+        kind=jnp.where(fresh, VISUAL, tokens.kind),
+        slot=jnp.where(fresh, -1, tokens.slot),
+        cell=None if tokens.cell is None else jnp.where(fresh, -1, tokens.cell),
+    )
+    key = jnp.where(fresh, 2 * last(candidates) + 1, 2 * jnp.arange(S))
+    return take_slots(placed, jnp.argsort(key, axis=1))  # stable
+
+
 def take_slots(tokens: Tokens, slots: Int[Array, "B K"]) -> Tokens:
     """The tokens of some slots, in their order."""
-    x, positions, valid, kind, slot = tokens
-    along = jnp.broadcast_to(slots, (*positions.shape[:-1], slots.shape[1]))
-    positions = jnp.take_along_axis(positions, along, axis=-1)
-    return Tokens(_take(x, slots), positions, *(_take(y, slots) for y in (valid, kind, slot)))
+    return Tokens(
+        x=_take(tokens.x, slots),
+        positions=_take_last(tokens.positions, slots),
+        valid=_take(tokens.valid, slots),
+        kind=_take(tokens.kind, slots),
+        slot=_take(tokens.slot, slots),
+        cell=None if tokens.cell is None else _take_last(tokens.cell, slots),
+    )
 
 
 def _take(x: Array, slots: Int[Array, "B K"]) -> Array:
     """`[B, S, ...]` at `[B, K]` -> `[B, K, ...]`."""
     return jnp.take_along_axis(x, slots.reshape(*slots.shape, *(1,) * (x.ndim - 2)), axis=1)
+
+
+def _take_last(x: Int[Array, "*A B S"], slots: Int[Array, "B K"]) -> Int[Array, "*A B K"]:
+    """`[..., B, S]` at `[B, K]` -> `[..., B, K]`."""
+    along = jnp.broadcast_to(slots, (*x.shape[:-1], slots.shape[1]))
+    return jnp.take_along_axis(x, along, axis=-1)

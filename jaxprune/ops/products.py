@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num
 
 from jaxprune.ops.axes import AnyArray
 
@@ -21,7 +21,7 @@ Product = Callable[[Any, Any], Array]
 
 
 def at_least_two_rows(
-    product: Product, rows: Float[AnyArray, "*any R D"], matrix: Float[AnyArray, "..."]
+    product: Product, rows: Float[AnyArray, "*any R D"], matrix: Num[AnyArray, "..."]
 ) -> Float[Array, "*any R N"]:
     """A product of rows with a matrix; on an accelerator of one row with another of zeros.
 
@@ -38,7 +38,7 @@ def at_least_two_rows(
 
 @functools.partial(jax.jit, static_argnames=("product",))  # traced once a shape
 def _one_row(
-    rows: Float[AnyArray, "*any 1 D"], matrix: Float[AnyArray, "..."], *, product: Product
+    rows: Float[AnyArray, "*any 1 D"], matrix: Num[AnyArray, "..."], *, product: Product
 ) -> Float[Array, "*any 1 N"]:
     def padded(rows: Array, matrix: Array) -> Array:
         two = jnp.pad(rows, [(0, 0)] * (rows.ndim - 2) + [(0, 1), (0, 0)])
@@ -59,7 +59,7 @@ class Dense:
     def __call__(self, rows: Array, kernel: Array) -> Array:
         return jax.lax.dot_general(
             rows,
-            kernel,
+            kernel.astype(rows.dtype),  # a matrix of whole numbers is read as it is
             (((rows.ndim - 1,), (self.contracted,)), ((), ())),
             precision=self.precision,
             preferred_element_type=self.preferred_element_type,
@@ -68,7 +68,7 @@ class Dense:
 
 def dot_general(
     x: Float[Array, "..."],
-    kernel: Float[Array, "D N"],
+    kernel: Num[Array, "D N"],
     dimension_numbers: Any,
     precision: Any = None,
     preferred_element_type: Any = None,

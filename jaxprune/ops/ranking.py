@@ -4,9 +4,13 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxprune.ops.axes import AnyArray
+
+LEAST = float(np.finfo(np.float32).min)
+"""The least score of a candidate: what is none comes after it."""
 
 
 def descending_order(scores: Float[AnyArray, "*axes N"]) -> Int[Array, "*axes N"]:
@@ -17,6 +21,33 @@ def descending_order(scores: Float[AnyArray, "*axes N"]) -> Int[Array, "*axes N"
 def ranks(order: Int[AnyArray, "*axes N"]) -> Int[Array, "*axes N"]:
     """The place of every index in an order: the inverse permutation, int32."""
     return jnp.argsort(order, axis=-1).astype(jnp.int32)
+
+
+def best(
+    scores: Float[AnyArray, "*axes N"],
+    candidates: Bool[AnyArray, "*axes N"],
+    number: int | Int[Array, "..."],
+) -> Bool[Array, "*axes N"]:
+    """The candidates with the highest scores, `number` of them or all where there are fewer."""
+    inside = jnp.where(candidates, jnp.maximum(scores, LEAST), -jnp.inf)
+    first: Array = ranks(descending_order(inside)) < number
+    return first & candidates
+
+
+def hand_out(
+    number: Int[Array, ""], room: Int[Array, " n"], preference: Float[Array, " n"]
+) -> Int[Array, " n"]:
+    """How many each gets of `number`: one a round, by falling preference, while there is room."""
+
+    def left(given: Int[Array, " n"]) -> Int[Array, ""]:
+        return jnp.minimum(number, jnp.sum(room)) - jnp.sum(given)
+
+    given: Array = jax.lax.while_loop(
+        lambda given: left(given) > 0,
+        lambda given: given + best(preference, given < room, left(given)),
+        jnp.zeros_like(room),
+    )
+    return given
 
 
 def nonzero_first(mask: Bool[AnyArray, "*axes N"], size: int) -> Int[Array, "*axes {size}"]:

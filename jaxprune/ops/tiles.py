@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxprune.ops.axes import AnyArray
-from jaxprune.ops.ranking import descending_order, ranks
+from jaxprune.ops.ranking import best
 from jaxprune.ops.visual import Signal
 
 NO_PATCH = -1
@@ -227,11 +227,13 @@ class Patches(NamedTuple):
         signals: `[I, T, N, ...]` each. Where an image has no such tile they mean nothing.
         place: int32 `[I, T, N]`, the patch's place in reading order among those of its
             image; -1 for what is no part of the picture.
+        video: bool `[I]`: whether its tiles are a video's frames.
         questions: for a method that reads them.
     """
 
     signals: dict[Signal, Array]
     place: Int[Array, "I T N"]
+    video: Bool[Array, " I"]
     questions: Questions | None = None
 
     @property
@@ -241,9 +243,8 @@ class Patches(NamedTuple):
 
     def best(self, scores: Float[Array, "I T N"], keep: int) -> Chosen:
         """The `keep` patches of each image with the highest scores; ties keep the first tile's."""
-        inside = jnp.where(self.place >= 0, scores, -jnp.inf).reshape(len(scores), -1)
-        rank = ranks(descending_order(inside)).reshape(scores.shape)
-        return Chosen(rank < keep)
+        scores, inside = (x.reshape(len(x), -1) for x in (scores, self.place >= 0))
+        return Chosen(best(scores, inside, keep).reshape(self.place.shape))
 
 
 def patches_of(
@@ -261,7 +262,8 @@ def patches_of(
     patch = jnp.where(stands, packing.slots, outside)
     places = jnp.full((I, outside), -1).at[jnp.arange(I)[:, None], patch].set(place, mode="drop")
     found = {signal: x[tile] for signal, x in signals.items()}
-    return Patches(found, places.reshape(I, T, num_patches).astype(jnp.int32), questions)
+    place = places.reshape(I, T, num_patches).astype(jnp.int32)
+    return Patches(found, place, jnp.asarray(packing.video)[tile[:, 0]] > STILL, questions)
 
 
 def by_tile(x: Bool[Array, "I T N"], packing: Packing) -> Bool[Array, "F N"]:

@@ -37,7 +37,7 @@ class Measured:
 
     Attributes:
         method: what was asked for.
-        visual_tokens: of an image, entering the decoder, mean.
+        visual_tokens: that enter a layer of the decoder, mean over layers and prompts.
         seconds: by stage; "decode" is for one token of every row, "all" for a whole answer.
         spread: (largest - smallest) / median, by stage.
         speedup: of "first" (encode, select and prefill), "decode" and "all" against the first
@@ -164,7 +164,7 @@ def _never_ending(params: Params) -> Params:
     """The same model, whose answers no token ends."""
     assert params.processor is not None
     endless = dataclasses.replace(params.processor, eos_token_ids=())
-    return Params(params.arrays, params.config, endless)
+    return dataclasses.replace(params, processor=endless)
 
 
 @dataclasses.dataclass
@@ -242,7 +242,7 @@ def _measured(
     most = limits["float32_macs" if size.dtype == "float32" else "bfloat16_macs"]
     return Measured(
         method=label,
-        visual_tokens=float(np.mean([n for a in answers for n in a.visual_tokens])),
+        visual_tokens=float(np.mean([answer.cost.visual_per_layer for answer in answers])),
         seconds=medians,
         spread={n: (max(x) - min(x)) / max(medians[n], 1e-9) for n, x in series.items()},
         speedup={n: before[n] / medians[n] for n in ("first", "decode", "all")},

@@ -61,8 +61,16 @@ def plot_recipe(recipe: Recipe, config: ModelConfig, path: str | pathlib.Path) -
     Raises:
         UserError: without matplotlib, or where the file cannot be written.
     """
+    save_figure(draw_recipe(recipe, config), path)
+
+
+def save_figure(made: "Figure", path: str | pathlib.Path) -> None:
+    """Write a figure to a file, whose suffix says the format.
+
+    Raises:
+        UserError: where it cannot be written.
+    """
     target = as_path(path, "The plot")
-    made = draw_recipe(recipe, config)
     try:
         made.savefig(target)
     except (OSError, ValueError) as error:

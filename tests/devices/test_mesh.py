@@ -58,6 +58,10 @@ METHODS = {
     "fastv": {},
     "pyramiddrop": {},
     "vtw": {},
+    "dart": {"tokens": 48},
+    "feather": {"cut_layers": (2, 4)},
+    "sparsevlm": {"budget": 128, "cut_layers": (2, 4, 6)},
+    "v2drop": {"budget": 192, "cut_layers": (2, 4, 6)},
     "pair": {"method": ("prumerge_plus", "fastv")},
 }
 ASKED = {"all": METHODS, "some": ("none", "prumerge", "fitprune"), "pair": ("pair",)}
@@ -101,6 +105,11 @@ data, spread = (encode_samples(p, scene_samples(3), show_progress=False) for p i
     params, jax.device_put(params, NamedSharding(mesh, PartitionSpec()))))
 one, two = (score(d, "vtw", "logprob") for d in (data, spread))
 assert abs(one - two) < 1e-4, (one, two)
+halves = jax.make_mesh((2,), ("model",))
+eighths, laid = (jaxprune.load(dtype="int8", mesh=m) for m in (None, halves))
+up = laid["language_model"]["layers_0"]["mlp"]["up_proj"]
+assert up["scale"].sharding.spec == PartitionSpec("model")
+assert ask(laid) == ask(eighths)
 try:
     ask(jax.device_put(params, NamedSharding(jax.make_mesh((2,), ("rows",)), PartitionSpec())))
 except jaxprune.UserError as error:
@@ -127,14 +136,9 @@ def test_params_laid_by_hand_answer_alike():
     assert done.stdout.strip() == "equal"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "kind, methods",
-    [
-        ("both", "pair"),
-        pytest.param("both", "all", marks=pytest.mark.slow),
-        pytest.param("model", "some", marks=pytest.mark.slow),
-        pytest.param("data", "some", marks=pytest.mark.slow),
-    ],
+    "kind, methods", [("both", "pair"), ("both", "all"), ("model", "some"), ("data", "some")]
 )
 def test_eight_devices_answer_as_one(kind, methods):
     done = subprocess.run(

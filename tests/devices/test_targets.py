@@ -52,6 +52,9 @@ def test_a_program_is_read():
     assert found.collectives == {"all-reduce": (3, 3 * 2**16)}
     assert {one.op for one in found.written} == {"transpose", "copy", "all-reduce", "dot"}
     assert read_program(PROGRAM, least=2**20).moved == found.moved[:1]
+    unknown = PROGRAM.replace("constant(3)", "parameter(1)")
+    assert [read_program(unknown, least=1, rounds=n).cycles for n in (1, 64)] == [510, 1140]
+    assert read_program(PROGRAM, least=1, rounds=64).cycles == found.cycles
 
 
 def test_names():

@@ -8,7 +8,12 @@ import pytest
 
 import jaxprune
 from jaxprune.engine import stages
-from jaxprune.engine.footprint import check_memory, check_tower_memory, request_bytes
+from jaxprune.engine.footprint import (
+    check_memory,
+    check_tower_memory,
+    request_bytes,
+    tower_bytes,
+)
 from jaxprune.inputs.layout import NO_IMAGES, lay_out
 from jaxprune.inputs.request import Row
 from jaxprune.models.clip import ClipVisionConfig
@@ -41,19 +46,21 @@ def test_the_estimate_is_near_what_xla_allocates(batch, slots):
     assert 0.6 < found / allocated < 1.7
 
 
-@pytest.mark.parametrize("tiles", [1, 6])
-def test_the_towers_estimate_is_near_what_xla_allocates(tiles):
+@pytest.mark.parametrize(
+    "tiles, method", [(1, jaxprune.PruMergePlus), (6, jaxprune.PruMergePlus), (6, jaxprune.MMTok)]
+)
+def test_the_towers_estimate_is_near_what_xla_allocates(tiles, method):
     vision = ClipVisionConfig(
         hidden_size=256, intermediate_size=1024, num_hidden_layers=3, num_attention_heads=4
     )
     config = LlavaConfig(vision_config=vision)
     params = family_of(config).param_shapes(config)
     pixels = jax.ShapeDtypeStruct((tiles, 336, 336, 3), np.float32)
-    signals = jaxprune.PruMergePlus.signals
+    signals = method.signals
     compiled = stages.encode.lower(params, pixels, config=config, signals=signals).compile()
     sizes = compiled.memory_analysis()
     allocated = pixels.size * 4 + sizes.temp_size_in_bytes + sizes.output_size_in_bytes
-    assert 0.6 < sum(config.tower.bytes(tiles)) / allocated < 1.7
+    assert 0.6 < sum(tower_bytes(config, tiles, signals)) / allocated < 1.7
 
 
 def test_what_does_not_fit_is_refused_with_what_would():

@@ -26,7 +26,7 @@ def logits_at_the_end(batch, found):
 
 
 @pytest.mark.parametrize("gather", [False, True])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", mostly_slow(CASES, ["none", "prumerge", "fitprune"]))
 def test_it_has_the_logits_of_generate(name, gather, tiny_model, rows):
     batch = jaxprune.batch(tiny_model, *rows, gather=gather, buckets=FEW, **options_of(name))
     found = jax.jit(jaxprune.forward)(tiny_model, batch)
@@ -47,13 +47,12 @@ def loss(arrays, batch):
     return -jnp.sum(jnp.where(labels >= 0, each, 0)) / jnp.sum(labels >= 0)
 
 
-@pytest.mark.parametrize(
-    "name", mostly_slow(["none", "prumerge_plus", "fitprune"], ["prumerge_plus"])
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["none", "prumerge_plus", "fitprune", "sparsevlm"])
 def test_it_has_gradients(name, tiny_model, rows):
     """Those that a small step along one of them bears out, in every part of the model."""
     options = {"buckets": FEW, "answers": ["one", "two words", "x"], **options_of(name)}
-    batch = jaxprune.batch(tiny_model, *rows, gather=name == "fitprune", **options)
+    batch = jaxprune.batch(tiny_model, *rows, gather=name in ("fitprune", "sparsevlm"), **options)
     value = jax.jit(loss)
     found = jax.jit(jax.grad(loss))(tiny_model.arrays, batch)
     chex.assert_tree_all_finite(found)

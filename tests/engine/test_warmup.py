@@ -53,9 +53,7 @@ def ask_at_random(model, options, number, *, temperature=0.0, most=4, buckets=BU
         )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "name", mostly_slow(NAMES, ["none", "prumerge", "fitprune", "adaptive pair"])
-)
+@pytest.mark.parametrize("name", mostly_slow(NAMES, ["fitprune", "adaptive pair"]))
 def test_nothing_compiles_after_it(name, tiny_model):
     options = options_of(name)
     buckets = BUCKETS if name in ("none", "adaptive pair") else FOUR
@@ -66,6 +64,7 @@ def test_nothing_compiles_after_it(name, tiny_model):
     assert len(compilations) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="a limit of Linux")
 def test_a_process_full_of_programs_makes_no_more(tiny_model, monkeypatch, tmp_path):
     def ask(text):
@@ -102,7 +101,8 @@ def test_a_warm_up_covers_all_seeds(tiny_model):
     assert len(kept) == 3
 
 
-@pytest.mark.parametrize("name", mostly_slow(["none", "prumerge"], ["prumerge"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["none", "prumerge"])
 def test_nothing_compiles_after_it_with_tiles(name, tiled_model):
     options, buckets = {"method": name}, BUCKETS.up_to(batch=2)
     jaxprune.warmup(tiled_model, buckets=buckets, **options)
@@ -185,6 +185,18 @@ def test_rooms_over_the_largest_bucket_are_left_out(tiny_model):
     assert {room.visual for room in shapes.every_row(2, 16, 16)} == {16, 20, 32}
 
 
+def test_slots_of_an_accelerator_are_whole_tiles(tiny_model):
+    method = jaxprune.PruMerge(keep=5)
+    shapes = Shapes(jaxprune.Buckets(text=(20, 64)), tiny_model.config, method, multiple=16)
+    capacity = shapes.fixed_capacity(shapes.of_images(1, 1))
+    assert capacity == 6  # which is selected; only its row is longer
+    for images in (1, 2):
+        room = shapes.of_rows(20, images, capacity, images * capacity)
+        assert room.slots % 16 == 0 and 0 <= room.visual - images * capacity < 16
+        assert room in shapes.every_row(images, capacity, capacity)
+    assert shapes.of_rows(20, 0, 0, 0).slots == 20
+
+
 def test_a_list_of_tiles_without_one(tiny_model):
     shapes = Shapes(jaxprune.Buckets(image_tiles=(5,)), tiny_model.config, None)
     (shape,) = set(shapes.every_image()[:1])
@@ -192,7 +204,7 @@ def test_a_list_of_tiles_without_one(tiny_model):
 
 
 def test_a_keep_over_one_tile_is_no_mistake_with_tiles(tiled_model):
-    buckets = BUCKETS.up_to(batch=2, images=1)
+    buckets = dataclasses.replace(BUCKETS, batch=(1,), images=(1,), visual=(64,))
     jaxprune.warmup(tiled_model, method="uniform", keep=40, buckets=buckets)
 
 

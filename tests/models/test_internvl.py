@@ -22,7 +22,7 @@ from jaxprune.models.internvl.publisher import published_config
 from jaxprune.models.registry import family_of, table_of
 from jaxprune.ops.tiles import VisualSize
 from tests import builders
-from tests.cases import picture
+from tests.cases import mostly_slow, picture
 
 GRIDS = {  # width, height: columns, rows
     (100, 100): (1, 1),
@@ -76,7 +76,7 @@ COUNTS = {  # parameters, tensors in the spelling of transformers, in the publis
 }
 
 
-@pytest.mark.parametrize("name", COUNTS)
+@pytest.mark.parametrize("name", mostly_slow(COUNTS, ["internvl2-4b"]))
 def test_parameters_and_tensors_of_the_published_sizes(name):
     config, (parameters, tensors, published) = PRESETS[name](), COUNTS[name]
     shapes = flat_shapes(config)

@@ -28,6 +28,13 @@ def test_the_published_recipes_save(save, expected):
     assert round(100 * found.saved["visual_macs"], 1) == expected
 
 
+def test_a_sum_of_attention_that_no_token_pays():
+    tower = PRESETS["llava-hr-7b"]().tower
+    tower.check(jaxprune.Scope(keep=5).signals)
+    with pytest.raises(jaxprune.UserError, match="towers of LLaVA-HR have no CLS token"):
+        tower.check(jaxprune.Scope(keep=5, combine="sum").signals)
+
+
 @pytest.mark.slow
 def test_parameters_of_the_published_sizes():
     """CLIP-L and Vicuna as LLaVA-1.5 has them; ConvNeXt as published, its head apart."""

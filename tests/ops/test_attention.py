@@ -21,7 +21,7 @@ from jaxprune.ops.attention import (
     limits,
     scratch_bytes,
 )
-from jaxprune.ops.attention.by_chunks import attend_by_chunks
+from jaxprune.ops.attention.by_chunks import attend_by_chunks, attend_by_rows
 from jaxprune.ops.attention.by_heads import attend_by_heads, heads_at_once
 from jaxprune.ops.attention.definition import Options
 from jaxprune.ops.attention.fused import attend_fused
@@ -93,6 +93,22 @@ def test_everything_sees_everything(rng, monkeypatch):
     q, k, v = rng.normal(size=(3, 2, 4, 9, 8)).astype(np.float32)
     expected = reference(q, k, v, np.ones((1, 9, 9), bool))
     chex.assert_trees_all_close(np.asarray(full_attention(q, k, v)), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("at_once", [1, 4, 5])
+def test_rows_apart_give_the_same(rng, monkeypatch, at_once):
+    q, k, v = rng.normal(size=(3, 6, 2, 9, 8)).astype(np.float32)
+    valid = jnp.asarray(rng.random((6, 9)) < 0.7)
+    asks = jnp.asarray(rng.random((6, 9, 3)).astype(np.float32))
+    options = Options(causal=True)
+    expected = attend_by_chunks(q, k, v, valid, asks, options)
+    monkeypatch.setattr(limits, "SCORES", at_once * 2 * 9 * 9 * 4)
+    assert limits.rows_at_once(2, 9) == at_once
+    found = attend_by_rows(q, k, v, valid, asks, options)
+    chex.assert_trees_all_close(found, expected, atol=1e-6)
+    out, nothing = attend_by_rows(q, k, v, valid, None, options)
+    chex.assert_trees_all_close(out, expected[0], atol=1e-6)
+    assert nothing.shape == (0, 6, 9)
 
 
 @pytest.mark.parametrize("number, cores, expected", [(16, 2, 2), (7, 4, 1), (6, 4, 3), (2, 64, 2)])
@@ -180,7 +196,12 @@ def test_scratch_is_that_of_the_queries_at_once(monkeypatch):
     assert scratch_bytes(3, 60, **sizes) == on_cpu * 60 * 60 // (100 * 640)
     monkeypatch.setattr(limits, "QUERY_CHUNK", 128)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert scratch_bytes(3, 640, **sizes) == 2 * 3 * 8 * 128 * 640 * 4
+    one_row = 8 * 128 * 640 * 4
+    assert scratch_bytes(3, 640, **sizes) == 2 * 3 * one_row
+    monkeypatch.setattr(limits, "SCORES", 2 * one_row)
+    assert scratch_bytes(3, 640, **sizes) == 2 * 2 * one_row
+    monkeypatch.setattr(limits, "SCORES", one_row // 2)
+    assert scratch_bytes(3, 640, **sizes) == one_row
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     assert scratch_bytes(3, 640, **sizes) == 0
 
@@ -202,6 +223,7 @@ def test_shapes_are_checked_while_tests_run():
     dtype=st.sampled_from(["float32", "bfloat16"]),
 )
 @example(seed=0, slots=600, heads=(4, 2), how="max", later=True, rows=None, dtype="float32")
+@pytest.mark.slow
 def test_the_kernels_of_a_tpu(seed, slots, heads, how, later, rows, dtype):
     """Step by step on this machine: outputs and what is received, against the definition."""
     rng = np.random.default_rng(seed)

@@ -1,23 +1,28 @@
-"""LoRA adapters merged while a model is read, against PEFT's own merge."""
+"""LoRA adapters, against PEFT: those that it writes are read here, and those from here there."""
 
+import dataclasses
 import json
 import warnings
 
 import chex
 import numpy as np
+import peft
 import pytest
+import torch
+import transformers
+from flax.traverse_util import flatten_dict
+from safetensors.numpy import load_file, save_file
+from torch import nn
 
-torch = pytest.importorskip("torch")
-peft = pytest.importorskip("peft")
-from safetensors.numpy import load_file, save_file  # noqa: E402
-
-import jaxprune  # noqa: E402
-from jaxprune import checkpoints_convert  # noqa: E402
-from jaxprune.checkpoints_convert.plan import flat_shapes  # noqa: E402
-from tests import builders as tiny  # noqa: E402
-from tests.builders import edit  # noqa: E402
-from tests.cases import picture  # noqa: E402
-from tests.oracle import builders, hr  # noqa: E402
+import jaxprune
+from jaxprune import checkpoints_convert
+from jaxprune.checkpoints_convert import write_adapter
+from jaxprune.checkpoints_convert.plan import flat_shapes
+from jaxprune.models.registry import table_of
+from tests import builders as tiny
+from tests.builders import edit, forward_logits
+from tests.cases import mostly_slow, picture
+from tests.oracle import builders, hr
 
 MODELS = {
     "llava": builders.torch_llava,
@@ -188,3 +193,119 @@ def test_factors_without_their_others(adapter, tmp_path):
     with pytest.raises(jaxprune.UserError, match="one of two factors"):
         jaxprune.load(tmp_path / "base", adapter=adapter)
     assert flat_shapes(jaxprune.load(tmp_path / "base").config)
+
+
+# ---- Written here
+
+
+def adapted(model, directory):
+    """A model with an adapter by PEFT, which warns of keys that are missing: an error here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`")  # between the two releases
+        return peft.PeftModel.from_pretrained(model, directory)
+
+
+WRITTEN = {**MODELS, "internvl, qwen": builders.torch_internvl}
+
+
+@pytest.mark.parametrize("family", mostly_slow(WRITTEN, ["llava", "internvl"]))
+def test_peft_takes_what_is_written(family, tmp_path):
+    """Merged by PEFT: all weights of the merged model, as transformers reads its export."""
+    model = WRITTEN[family]()
+    base = builders.save(model, tmp_path / "base")
+    params = jaxprune.load(base, dtype="float32")
+    trained = tiny.trained_arrays(params)
+    write_adapter(trained, params.config, tmp_path / "adapter", alpha=6, dropout=0.05, base=base)
+    arrays = tiny.merged_arrays(params, trained, alpha=6)
+    chex.assert_trees_all_close(jaxprune.load(tmp_path / "adapter").arrays, arrays, atol=1e-6)
+
+    jaxprune.export(dataclasses.replace(params, arrays=arrays), tmp_path / "merged")
+    expected = type(model).from_pretrained(tmp_path / "merged").state_dict()
+    wrapped = adapted(model, tmp_path / "adapter")
+    names = [name for name, _ in wrapped.named_parameters() if "lora_" in name]
+    assert names and not [name for name in names if "vision" in name or "lm_head" in name]
+    found = wrapped.merge_and_unload().state_dict()
+    assert found.keys() == expected.keys()
+    for name, x in expected.items():
+        torch.testing.assert_close(found[name], x, atol=1e-5, rtol=0)
+    words = [transformers.AutoTokenizer.from_pretrained(x) for x in (base, tmp_path / "merged")]
+    assert words[0].get_vocab() == words[1].get_vocab()
+    images = transformers.AutoImageProcessor.from_pretrained(tmp_path / "merged")
+    assert images.size
+
+
+@pytest.mark.parametrize("by", mostly_slow(["peft", "transformers"], ["peft"]))
+def test_the_logits_of_an_adapted_model(by, rng, tmp_path):
+    model = builders.torch_llava()
+    base = builders.save(model, tmp_path / "base")
+    params = jaxprune.load(base, dtype="float32")
+    trained = tiny.trained_arrays(params)
+    write_adapter(trained, params.config, tmp_path / "adapter", alpha=6, base=base)
+    pixels, ids = builders.prompt(model, rng)
+    inputs = {"input_ids": ids, "pixel_values": pixels}
+    with torch.no_grad():
+        before = model(**inputs).logits.numpy()
+        if by == "peft":
+            model = adapted(model, tmp_path / "adapter")
+        else:
+            model.load_adapter(str(tmp_path / "adapter"))
+        found = model(**inputs).logits.numpy()
+    arrays = tiny.merged_arrays(params, trained, alpha=6)
+    pixels = pixels.numpy().transpose(0, 2, 3, 1)
+    expected = forward_logits(arrays, params.config, pixels, ids.numpy(), ids.numpy() == 4)
+    chex.assert_trees_all_close(found, np.asarray(expected), atol=1e-4)
+    assert np.abs(found - before).max() > 0.1
+
+
+class LlavaLlama(transformers.LlamaForCausalLM):
+    """LLaVA's own class, as far as its loader sees it: where the projector is, under which name."""
+
+    def __init__(self, fields):
+        super().__init__(transformers.LlamaConfig(**fields))
+        width, size = fields["mm_hidden_size"], fields["hidden_size"]
+        layers = nn.Linear(width, size), nn.GELU(), nn.Linear(size, size)
+        self.model.mm_projector = nn.Sequential(*layers)
+
+
+def load_as_llava(base, adapter):
+    """The steps of `load_pretrained_model` in LLaVA's builder for an adapter over a base.
+
+    That passes over keys that it does not know; here they are an error.
+    """
+    model = LlavaLlama(json.loads((adapter / "config.json").read_text()))
+    tensors = {key: torch.from_numpy(x) for key, x in load_file(base / "model.safetensors").items()}
+    model.load_state_dict(tensors)
+    others = torch.load(adapter / "non_lora_trainables.bin", map_location="cpu")
+    others = {key.removeprefix("base_model."): x for key, x in others.items()}
+    if any(key.startswith("model.model.") for key in others):
+        others = {key.removeprefix("model."): x for key, x in others.items()}
+    left = model.load_state_dict(others, strict=False)
+    assert others and not left.unexpected_keys
+    return adapted(model, adapter).merge_and_unload()
+
+
+def test_llavas_own_form(tmp_path):
+    base, tower = tiny.write_original(tmp_path / "base", tmp_path / "tower")
+    params = jaxprune.load(base, vision_tower=tower, dtype="float32")
+    trained = tiny.trained_arrays(params)
+    target = tmp_path / "My-LLaVA-LoRA"
+    write_adapter(trained, params.config, target, alpha=6, base=base, form="llava")
+    arrays = tiny.merged_arrays(params, trained, alpha=6)
+    for found in (
+        jaxprune.load(target, vision_tower=tower),
+        jaxprune.load(base, adapter=target, vision_tower=tower),
+    ):
+        assert found.config == params.config
+        chex.assert_trees_all_close(found.arrays, arrays, atol=1e-6)
+
+    found = load_as_llava(base, target).state_dict()
+    table, seen = table_of(params.config), set()
+    for path, array in flatten_dict(arrays, sep="/").items():
+        name = table.rule_of_path(path).key.removeprefix("language_model.")
+        for number, place in (("linear_1", "0"), ("linear_2", "2")):
+            name = name.replace(f"multi_modal_projector.{number}", f"model.mm_projector.{place}")
+        if not name.startswith("vision_tower."):
+            turned = array.T if path.endswith("kernel") else array
+            np.testing.assert_allclose(found[name].numpy(), turned, atol=1e-5)
+            seen.add(name)
+    assert seen == found.keys()

@@ -6,18 +6,17 @@ import chex
 import jax
 import numpy as np
 import pytest
+import torch
+import transformers
+from PIL import Image
+from safetensors.torch import save_file
 
-torch = pytest.importorskip("torch")
-import transformers  # noqa: E402
-from PIL import Image  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
-
-import jaxprune  # noqa: E402
-import tests.builders  # noqa: E402
-from jaxprune import checkpoints_convert  # noqa: E402
-from jaxprune.inputs.pixels import pixel_values  # noqa: E402
-from jaxprune.inputs.prompts import as_messages, render, tokenize  # noqa: E402
-from tests.oracle import builders  # noqa: E402
+import jaxprune
+import tests.builders
+from jaxprune import checkpoints_convert
+from jaxprune.inputs.pixels import pixel_values
+from jaxprune.inputs.prompts import as_messages, render, tokenize
+from tests.oracle import builders
 
 
 @pytest.fixture(scope="module")

@@ -5,18 +5,16 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
+import transformers
+from PIL import Image
+from safetensors.numpy import load_file, save_file
 
-torch = pytest.importorskip("torch")
-
-import transformers  # noqa: E402
-from PIL import Image  # noqa: E402
-from safetensors.numpy import load_file, save_file  # noqa: E402
-
-import jaxprune  # noqa: E402
-from jaxprune.inputs.prompts import as_messages, render  # noqa: E402
-from tests.builders import edit  # noqa: E402
-from tests.cases import FEW, picture  # noqa: E402
-from tests.oracle import builders  # noqa: E402
+import jaxprune
+from jaxprune.inputs.prompts import as_messages, render
+from tests.builders import edit
+from tests.cases import FEW, picture
+from tests.oracle import builders
 
 ASK = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Is it a star?"}]}]
 SAID = [

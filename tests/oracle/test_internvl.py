@@ -7,23 +7,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+import transformers
 from PIL import Image
 
-torch = pytest.importorskip("torch")
-import transformers  # noqa: E402
-
-import jaxprune  # noqa: E402
-from jaxprune import checkpoints_convert  # noqa: E402
-from jaxprune.engine.answer import answers_of  # noqa: E402
-from jaxprune.inputs.pixels import pixel_values  # noqa: E402
-from jaxprune.inputs.request import make_request  # noqa: E402
-from jaxprune.models.llama.modeling import text_tokens  # noqa: E402
-from jaxprune.models.registry import family_of  # noqa: E402
-from jaxprune.ops.tiles import VisualSize  # noqa: E402
-from jaxprune.ops.visual import Signal  # noqa: E402
-from tests.builders import INTERNVL_TOKENS, PUBLISHED, start  # noqa: E402
-from tests.cases import FEW  # noqa: E402
-from tests.oracle import builders  # noqa: E402
+import jaxprune
+from jaxprune import checkpoints_convert
+from jaxprune.engine.answer import answers_of
+from jaxprune.inputs.pixels import pixel_values
+from jaxprune.inputs.request import make_request
+from jaxprune.models.llama.modeling import text_tokens
+from jaxprune.models.registry import family_of
+from jaxprune.ops.tiles import VisualSize
+from jaxprune.ops.visual import Signal
+from tests.builders import INTERNVL_TOKENS, PUBLISHED, start
+from tests.cases import FEW, mostly_slow
+from tests.oracle import builders
 
 VARIANTS = {
     **{name: {"decoder": name} for name in builders.INTERNVL_DECODERS},
@@ -66,7 +65,7 @@ def inputs_of(params, images, question, token=4):
     }
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", mostly_slow(VARIANTS, ["internlm2", "InternViT-6B"]))
 def test_logits_and_answers(name, pairs, rng):
     model, params = pairs(name)
     image = picture(rng, 70, 40)
@@ -86,7 +85,7 @@ def test_logits_and_answers(name, pairs, rng):
     assert details.token_ids == ids[0, inputs["input_ids"].shape[1] :].tolist()
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", mostly_slow(PUBLISHED, ["internlm2", "phi3"]))
 def test_the_publishers_form(name, pairs, rng, tmp_path):
     """The same weights by the publisher's names give the same logits, and go back bit for bit."""
     model, _ = pairs(name)

@@ -6,22 +6,22 @@ from typing import Any
 import chex
 import numpy as np
 import pytest
+import torch
+import transformers
 from PIL import Image
 
-torch = pytest.importorskip("torch")
-import transformers  # noqa: E402
-
-import jaxprune  # noqa: E402
-import tests.builders  # noqa: E402
-from jaxprune import checkpoints_convert  # noqa: E402
-from jaxprune.checkpoints_convert.plan import flat_shapes  # noqa: E402
-from jaxprune.engine.answer import answers_of  # noqa: E402
-from jaxprune.inputs.pixels import pixel_values  # noqa: E402
-from jaxprune.inputs.prompts import as_messages, render  # noqa: E402
-from jaxprune.models.llava_next import FAMILY, LlavaNextConfig  # noqa: E402
-from jaxprune.ops.tiles import VisualSize  # noqa: E402
-from tests.builders import start  # noqa: E402
-from tests.oracle import builders  # noqa: E402
+import jaxprune
+import tests.builders
+from jaxprune import checkpoints_convert
+from jaxprune.checkpoints_convert.plan import flat_shapes
+from jaxprune.engine.answer import answers_of
+from jaxprune.inputs.pixels import pixel_values
+from jaxprune.inputs.prompts import as_messages, render
+from jaxprune.models.llava_next import FAMILY, LlavaNextConfig
+from jaxprune.ops.tiles import VisualSize
+from tests.builders import start
+from tests.cases import mostly_slow
+from tests.oracle import builders
 
 DECODERS = {
     "multi-head": {},
@@ -92,9 +92,10 @@ CASES = [("multi-head", size) for size in SIZES]
 CASES += [
     (d, s) for d in ("grouped-query", "mistral") for s in ("square", "3:1", "1:3", "tiny", "huge")
 ]
+QUICK = [("multi-head", "square"), ("multi-head", "3:1"), ("grouped-query", "tiny")]
 
 
-@pytest.mark.parametrize("decoder, size", CASES)
+@pytest.mark.parametrize("decoder, size", mostly_slow(CASES, QUICK))
 def test_logits_and_answers(pairs, rng, decoder, size):
     check(pairs(decoder), [picture(rng, *SIZES[size])], "What is it?")
 
@@ -109,7 +110,7 @@ def test_pixels_and_lengths_of_many_sizes(rng, tmp_path):
     directory = builders.save(model, tmp_path / "m")
     processor = transformers.AutoProcessor.from_pretrained(directory)
     ours = jaxprune.load(directory)
-    for _ in range(100):
+    for _ in range(40):
         width = int(np.exp(rng.uniform(0, np.log(600))))
         height = max(1, round(width * np.exp(rng.uniform(-1, 1) * np.log(40))))
         image = picture(rng, width, height)
@@ -191,7 +192,7 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", mostly_slow(PUBLISHED, ["llava_1_6_vicuna_7b"]))
 def test_published_sizes(name):
     decoder, image_token, text = PUBLISHED[name]
     theirs = hub_config(decoder, image_token, **text)

@@ -4,20 +4,19 @@ import chex
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-
-from jaxprune import checkpoints_convert  # noqa: E402
-from jaxprune.engine import stages  # noqa: E402
-from jaxprune.inputs.layout import ImageRoom, lay_out, row_length  # noqa: E402
-from jaxprune.inputs.request import Row  # noqa: E402
-from jaxprune.models.clip import ClipVisionTower  # noqa: E402
-from jaxprune.models.registry import family_of  # noqa: E402
-from jaxprune.ops.tiles import VisualSize, pack_tilings  # noqa: E402
-from jaxprune.ops.visual import Signal  # noqa: E402
-from tests.builders import forward_logits  # noqa: E402
-from tests.cases import mostly_slow  # noqa: E402
-from tests.oracle import builders  # noqa: E402
+from jaxprune import checkpoints_convert
+from jaxprune.engine import stages
+from jaxprune.inputs.layout import ImageRoom, lay_out, row_length
+from jaxprune.inputs.request import Row
+from jaxprune.models.clip import ClipVisionTower
+from jaxprune.models.registry import family_of
+from jaxprune.ops.tiles import VisualSize, pack_tilings
+from jaxprune.ops.visual import Signal
+from tests.builders import forward_logits
+from tests.cases import mostly_slow
+from tests.oracle import builders
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -131,7 +130,7 @@ DECODED = {
 
 @pytest.mark.parametrize(
     "name",
-    mostly_slow(DECODED, ["grouped-query", "dynamic RoPE", "576 tokens, multi-query, tied"]),
+    mostly_slow(DECODED, ["dynamic RoPE", "576 tokens, multi-query, tied"]),
 )
 def test_prefill_and_decode_continue_as_transformers_does(name, rng, tmp_path):
     model = builders.torch_llava(**DECODED[name])
@@ -182,9 +181,11 @@ def test_signals_of_the_tower(rng, tmp_path):
     expected = {
         Signal("cls_attention", heads="joined"): single,
         Signal("cls_attention"): each.mean(1),
+        Signal("cls_attention", heads="sum"): each.sum(1),
         Signal("keys", heads="joined"): k[:, 1:],
         Signal("keys"): heads(k)[:, :, 1:].mean(1),
         Signal("received_attention", layer=-2): received,
+        Signal("received_attention", layer="feature"): received,
         Signal("hidden_states", layer=0): states[1][:, 1:],
         Signal("features"): states[-2][:, 1:],
         Signal("projected"): projected,

@@ -1,12 +1,11 @@
 """The published sizes, without memory: every PyTorch tensor has one parameter, of its shape."""
 
 import pytest
+import torch
+import transformers
 
-torch = pytest.importorskip("torch")
-import transformers  # noqa: E402
-
-from jaxprune.checkpoints_convert.plan import flat_shapes  # noqa: E402
-from jaxprune.models.llava import FAMILY, LlavaConfig  # noqa: E402
+from jaxprune.checkpoints_convert.plan import flat_shapes
+from jaxprune.models.llava import FAMILY, LlavaConfig
 
 PRESETS = {"7b": LlavaConfig.llava_1_5_7b, "13b": LlavaConfig.llava_1_5_13b}
 

@@ -3,13 +3,12 @@
 import chex
 import numpy as np
 import pytest
+import torch
+import transformers
 
-torch = pytest.importorskip("torch")
-import transformers  # noqa: E402
-
-import jaxprune  # noqa: E402
-from jaxprune.engine.answer import answers_of  # noqa: E402
-from tests.builders import start  # noqa: E402
+import jaxprune
+from jaxprune.engine.answer import answers_of
+from tests.builders import start
 
 
 @pytest.fixture(scope="module")
@@ -20,6 +19,7 @@ def reference():
     return model, transformers.AutoProcessor.from_pretrained(jaxprune.SMALL_MODEL)
 
 
+@pytest.mark.slow
 def test_twenty_scenes(reference, small_model, held_out):
     model, processor = reference
     for image, question in held_out:

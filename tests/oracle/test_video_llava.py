@@ -7,24 +7,23 @@ import chex
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+import transformers
+from safetensors.numpy import load_file, save_file
+from torch import nn
+from transformers.models.clip.modeling_clip import CLIPAttention
 
-torch = pytest.importorskip("torch")
-import transformers  # noqa: E402
-from safetensors.numpy import load_file, save_file  # noqa: E402
-from torch import nn  # noqa: E402
-from transformers.models.clip.modeling_clip import CLIPAttention  # noqa: E402
-
-import jaxprune  # noqa: E402
-from jaxprune import checkpoints_convert  # noqa: E402
-from jaxprune.inputs.pixels import pixel_values  # noqa: E402
-from jaxprune.inputs.request import make_request  # noqa: E402
-from jaxprune.inputs.videos import Clip  # noqa: E402
-from jaxprune.models.registry import family_of  # noqa: E402
-from jaxprune.ops.tiles import Frames  # noqa: E402
-from jaxprune.ops.visual import Signal  # noqa: E402
-from tests.builders import llama_tokenizer, start  # noqa: E402
-from tests.cases import FEW, picture  # noqa: E402
-from tests.oracle import builders  # noqa: E402
+import jaxprune
+from jaxprune import checkpoints_convert
+from jaxprune.inputs.pixels import pixel_values
+from jaxprune.inputs.request import make_request
+from jaxprune.inputs.videos import Clip
+from jaxprune.models.registry import family_of
+from jaxprune.ops.tiles import Frames
+from jaxprune.ops.visual import Signal
+from tests.builders import llama_tokenizer, start
+from tests.cases import FEW, picture
+from tests.oracle import builders
 
 FRAMES = [picture(i, (40, 50)) for i in range(8)]
 ASKED = "<video>What <image> is it?"

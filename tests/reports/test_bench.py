@@ -60,7 +60,7 @@ def answer_of(config, *, prefill, decode, executed, visual):
         unpruned_visual_tokens=[16],
         kept_indices=[],
         kept_by_layer={},
-        cost=dataclasses.replace(estimate(config), executed=executed),
+        cost=dataclasses.replace(estimate(config, visual_tokens=visual), executed=executed),
         seconds={"encode": 0.25, "select": 0.25, "prefill": prefill, "decode": decode},
     )
 

@@ -1,6 +1,6 @@
-"""CLIP's vision transformer."""
+"""CLIP's two transformers: of images and of texts."""
 
-from jaxprune.models.clip.config import ClipVisionConfig
-from jaxprune.models.clip.modeling import ClipVisionTower
+from jaxprune.models.clip.config import ClipTextConfig, ClipVisionConfig
+from jaxprune.models.clip.modeling import ClipTextTower, ClipVisionTower
 
-__all__ = ["ClipVisionConfig", "ClipVisionTower"]
+__all__ = ["ClipTextConfig", "ClipTextTower", "ClipVisionConfig", "ClipVisionTower"]

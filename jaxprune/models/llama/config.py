@@ -5,9 +5,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from jaxprune.errors import UserError, is_number
+from jaxprune.errors import UserError, check_choice, is_number
 from jaxprune.models.activations import ACTIVATIONS
 from jaxprune.models.config import mapping, refuse_unknown, require, require_types, without_nulls
+
+REMAT = ("none", "dots", "full")
 
 _WHERE = "The LLaMA config"
 _SCALING_FIELDS: dict[str, set[str]] = {
@@ -190,9 +192,15 @@ class LlamaConfig:
     rope_sections: tuple[int, ...] | None = None
     """Where positions have several axes, how many frequencies of a head follow each."""
     dtype: str = "float32"
+    int8: bool = False
+    """Whether the layers' matrices are rounded to 8 bits; see `models.int8`."""
+    remat: str = "none"
+    """What gradients compute again instead of keeping it. "none"; "dots": all but the products
+    with weights; "full": all but each layer's input. Of a training run, not of the model."""
 
     def __post_init__(self) -> None:
         require_types(self, _WHERE)
+        check_choice("remat", self.remat, REMAT)
         if self.rope_sections is not None and sum(self.rope_sections) * 2 != self.head_dim:
             raise UserError(
                 f"{_WHERE} has rope_sections={self.rope_sections}, which do not add up to half of "
@@ -249,7 +257,7 @@ class LlamaConfig:
             UserError: for a field or value that this port does not handle.
         """
         fields = without_nulls(fields, "sliding_window")
-        names = {field.name for field in dataclasses.fields(cls)} - {"rope_sections"}
+        names = {field.name for field in dataclasses.fields(cls)} - _OURS
         # max_sequence_length is a note in Vicuna's configs; RoPE's fields decide.
         handled = {"rope_parameters", "max_sequence_length", "sliding_window"}
         handled |= {"original_max_position_embeddings"}
@@ -297,7 +305,8 @@ class LlamaConfig:
     def to_hf(self) -> dict[str, Any]:
         """The dict that the class of `model_type` in transformers 4 and 5 reads back."""
         fields = dataclasses.asdict(self)
-        del fields["dtype"], fields["rope_scaling"], fields["rope_sections"]
+        for name in _OURS | {"dtype", "rope_scaling"}:
+            del fields[name]
         for name in _NOT_FIELDS.get(self.model_type, ()):
             del fields[name]
         if self.rope_scaling.kind != "default":
@@ -309,6 +318,9 @@ class LlamaConfig:
             fields["pad_token_id"] = None
         return fields
 
+
+_OURS = {"rope_sections", "int8", "remat"}
+"""What no config.json says."""
 
 # What LLaMA's config has and another's has not.
 _NOT_FIELDS = {
@@ -340,3 +352,9 @@ def _original_length(fields: Mapping[str, Any], rope: Mapping[str, Any], kind: s
     if own is None and kind == "phi3":
         return default
     return fields.get("max_position_embeddings", default) if own is None else own
+
+
+def with_remat(config: Any, remat: str) -> Any:
+    """The config of a model whose decoder is trained with so much computed again."""
+    text = dataclasses.replace(config.text_config, remat=remat)
+    return dataclasses.replace(config, text_config=text)

@@ -5,6 +5,8 @@ Pre-RMSNorm, rotary positions, SwiGLU, grouped-query attention. Two ways through
 token a row. Layers are a plain list, so that every layer can own a cache of its own length.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -17,7 +19,16 @@ from jaxprune.models.family import LayerCache, Prefilled
 from jaxprune.models.llama.config import LlamaConfig
 from jaxprune.ops import rope
 from jaxprune.ops.attention import Cached, Watch, attention, cached_attention, causal_attention
-from jaxprune.ops.cuts import AFTER_ATTENTION, BETWEEN_LAYERS, NO_CUTS, LayerView, Schedule, Tokens
+from jaxprune.ops.axes import on_mesh
+from jaxprune.ops.cuts import (
+    AFTER_ATTENTION,
+    BETWEEN_LAYERS,
+    KEPT,
+    NO_CUTS,
+    LayerView,
+    Schedule,
+    Tokens,
+)
 from jaxprune.ops.products import dot_general
 
 
@@ -55,8 +66,34 @@ def rope_frequencies(config: LlamaConfig, length: Int[Array, " B"]) -> Float[Arr
     return jnp.asarray(inv_freq, jnp.float32)
 
 
-def dense(config: LlamaConfig, features: int, bias: bool) -> nn.Dense:
-    """A dense layer of the decoder."""
+class Int8Dense(nn.Module):
+    """A dense layer over a matrix of whole numbers; see `models.int8`."""
+
+    features: int
+    use_bias: bool
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*any D"]) -> Float[Array, "*any N"]:
+        zeros = nn.initializers.zeros
+        kernel = self.param("kernel", zeros, (x.shape[-1], self.features), jnp.int8)
+        scale = self.param("scale", zeros, (self.features,), jnp.float32)
+        across = (((x.ndim - 1,), (0,)), ((), ()))
+        y = dot_general(x, kernel, across, preferred_element_type=jnp.float32) * scale
+        if self.use_bias:
+            y = y + self.param("bias", zeros, (self.features,), self.dtype)
+        return y.astype(self.dtype)
+
+
+def dense(config: LlamaConfig, features: int, bias: bool) -> nn.Dense | Int8Dense:
+    """A dense layer of the decoder's layers."""
+    if config.int8:
+        return Int8Dense(features, bias, config.dtype)
+    return plain_dense(config, features, bias)
+
+
+def plain_dense(config: LlamaConfig, features: int, bias: bool) -> nn.Dense:
+    """A dense layer that is never rounded."""
     c = config
     return nn.Dense(
         features, use_bias=bias, dtype=c.dtype, param_dtype=c.dtype, dot_general=dot_general
@@ -142,10 +179,15 @@ class LlamaLayer(nn.Module):
         """Attention among a prompt's tokens: the heads, the values, and what a ranker sees."""
         plain_q, plain_k, v = self.self_attn.qkv(self.input_layernorm(tokens.x))
         q, k = (self.self_attn.rotate(heads, angles) for heads in (plain_q, plain_k))
+        received = None
         if mask is not None:
-            heads, received = attention(q, k, v, mask), None
-        else:
+            heads = attention(q, k, v, mask)
+        elif watch is None or watch.rotated:
             heads, received = causal_attention(q, k, v, tokens.valid, watch)
+        else:
+            heads, _ = causal_attention(q, k, v, tokens.valid)
+            # Nobody takes the heads of this one, so that only the weights are computed.
+            _, received = causal_attention(plain_q, plain_k, v, tokens.valid, watch)
         view = LayerView(tokens, tokens.x, q, k, plain_q, plain_k, watched=received)
         return join_heads(heads), v, view
 
@@ -175,6 +217,42 @@ class LlamaLayer(nn.Module):
         x = x + self.self_attn.o_proj(heads)
         return x + self.mlp(self.post_attention_layernorm(x))
 
+    def __call__(
+        self,
+        tokens: Tokens,
+        angles: Float[Array, "B S f"],
+        mask: Bool[Array, "#B S S"] | None,
+        watch: Watch | None,
+        cut: Callable[..., tuple[Tokens, Array]],
+    ) -> tuple[Tokens, Array, LayerView]:
+        """A prompt through the layer, `cut` in its middle: tokens, values, what a ranker sees."""
+        heads, v, view = self.attend(tokens, angles, mask, watch)
+        # The heads go along, so that the output projection is spared the dropped tokens.
+        tokens, heads = cut(tokens, heads, view)
+        return tokens._replace(x=self.feed_forward(tokens.x, heads)), v, view
+
+
+PRODUCT = "product"
+"""The name, to `jax.checkpoint`, of a matrix's product to which something is added."""
+
+_KEEPING = {
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+        jax.checkpoint_policies.save_only_these_names(KEPT, PRODUCT),
+    ),
+    "full": jax.checkpoint_policies.save_only_these_names(KEPT),
+}
+
+
+def through(layer: LlamaLayer, tokens: Tokens, *others: Any) -> tuple[Tokens, Array, LayerView]:
+    """A prompt through a layer, of which a gradient keeps what `LlamaConfig.remat` says."""
+    if layer.config.remat == "none":
+        return layer(tokens, *others)
+    policy = _KEEPING[layer.config.remat]
+    again: Any = nn.remat(lambda layer, tokens: layer(tokens, *others), policy=policy)
+    found: tuple[Tokens, Array, LayerView] = again(layer, tokens)
+    return found
+
 
 class LlamaDecoder(nn.Module):
     config: LlamaConfig
@@ -187,7 +265,7 @@ class LlamaDecoder(nn.Module):
         self.layers = [LlamaLayer(c) for _ in range(c.num_hidden_layers)]
         self.norm = rms_norm(c)
         if not c.tie_word_embeddings:
-            self.lm_head = dense(c, c.vocab_size, False)
+            self.lm_head = plain_dense(c, c.vocab_size, False)
 
     def __call__(self, token_ids: Int[Array, "B S"]) -> Float[Array, "B S V"]:
         """Text alone -> float32 logits."""
@@ -223,20 +301,26 @@ class LlamaDecoder(nn.Module):
             schedule: where and how tokens are dropped.
             counts: int32 `[L, B]`, candidates left after each layer; for a schedule.
         """
-        length = _next_position(tokens)
+        entered, length = tokens, _next_position(tokens)
         inv_freq = rope_frequencies(self.config, length)
         caches, records = [], []
         for l, layer in enumerate(self.layers):
             watch = schedule.watch(l, tokens)
             angles = rope.angles(tokens.positions, inv_freq, self.config.rope_sections)
-            heads, v, view = layer.attend(tokens, angles, mask, watch)
-            shift = length - _next_position(tokens) if schedule.renumber else None
-            caches.append(_new_cache(view.k, v, tokens.valid, new_slots, shift))
-            # The heads go along, so that the output projection is spared the dropped tokens.
-            tokens, heads = schedule.apply(AFTER_ATTENTION, l, tokens, heads, view, counts)
-            tokens = tokens._replace(x=layer.feed_forward(tokens.x, heads))
+            told: dict[str, Any] = {
+                "layer": l,
+                "final_norm": self.norm,
+                "angles": angles,
+                "entered": entered,
+                "text_slots": schedule.query_slots,
+            }
+            cut = functools.partial(_cut_within, schedule, counts, told)
+            before = tokens
+            tokens, v, view = through(layer, tokens, angles, mask, watch, cut)
+            shift = length - _next_position(before) if schedule.renumber else None
+            caches.append(_new_cache(view.k, v, before.valid, new_slots, shift))
             if l in schedule.layers:
-                after = view._replace(output=tokens.x)
+                after = view._replace(**told, output=tokens.x)
                 tokens, _ = schedule.apply(BETWEEN_LAYERS, l, tokens, (), after, counts)
                 records.append(schedule.record(tokens, after))
         return Prefilled(tokens, tuple(caches), tuple(records))
@@ -283,6 +367,19 @@ def text_tokens(x: Float[Array, "B S D"]) -> Tokens:
     return Tokens(x, slots, jnp.ones(x.shape[:2], bool), jnp.zeros_like(slots), slots)
 
 
+def _cut_within(
+    schedule: Schedule,
+    counts: Any,
+    told: dict[str, Any],
+    tokens: Tokens,
+    heads: Float[Array, "B S Hd"],
+    view: LayerView,
+) -> tuple[Tokens, Array]:
+    """What a schedule leaves of a layer's tokens and their heads; `told` is for its ranker."""
+    seen = view._replace(**told)
+    return schedule.apply(AFTER_ATTENTION, told["layer"], tokens, heads, seen, counts)
+
+
 def _next_position(tokens: Tokens) -> Int[Array, " B"]:
     """The position after a row's last one."""
     positions = tokens.positions
@@ -304,8 +401,7 @@ def _with_token(
 
 def _merge_heads(x: Float[Array, "B J S d"]) -> Float[Array, "*BJ S d"]:
     """Rows and key/value heads as one axis, but not on a mesh."""
-    on_mesh = not jax.sharding.get_abstract_mesh().empty
-    return x if on_mesh else x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
+    return x if on_mesh() else x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
 
 
 def _new_cache(

@@ -72,7 +72,7 @@ LLAMA = KeyTable(
     ignored=(r".*\.rotary_emb\.inv_freq",),
     partition=(
         (r".*/(q_proj|k_proj|v_proj|gate_proj|up_proj)/kernel", 1),
-        (r".*/(q_proj|k_proj|v_proj|gate_proj|up_proj)/bias", 0),
+        (r".*/(q_proj|k_proj|v_proj|gate_proj|up_proj)/(bias|scale)", 0),
         (r".*/(o_proj|down_proj)/kernel", 0),
         (r"lm_head/kernel", 1),
         (r"embed_tokens/embedding", 0),

@@ -66,7 +66,7 @@ class LlavaConfig:
 
     @property
     def tower(self) -> VitTower:
-        return VitTower(self.vision_config, self.feature_layers)
+        return VitTower(self.vision_config, self.feature_layers, spare_cls=not self.keep_cls)
 
     @property
     def num_image_tokens(self) -> int:

@@ -72,7 +72,6 @@ class LlavaStages(DecoderStages):
             {"params": params["vision_tower"]},
             pixel_values,
             feature_layers=config.feature_layers,
-            keep_cls=config.keep_cls,
             signals=signals - {PROJECTED},
             method="encode",
         )

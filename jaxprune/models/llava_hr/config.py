@@ -187,6 +187,10 @@ class TwoTowers:
     def grid(self) -> tuple[int, int]:
         return self.config.grid, self.config.grid
 
+    @property
+    def spare_cls(self) -> bool:
+        return False
+
     def instead(self, signal: Signal) -> Signal:
         """What is given for a signal: without CLS, the attention that patches receive."""
         if signal.kind != "cls_attention":
@@ -197,9 +201,11 @@ class TwoTowers:
         """Raise `UserError` unless the towers can give these signals, of the fast one's layers."""
         layers = self.config.vision_config.num_hidden_layers
         for signal in signals:
-            if not -layers <= signal.layer < layers:
+            signal.check(layers)
+            if signal.kind == "cls_attention" and signal.heads == "sum":
                 raise UserError(
-                    f"The method asks for {signal}, but the vision tower has {layers} layers."
+                    "The method asks for the CLS token's attention, summed over heads, but the "
+                    "towers of LLaVA-HR have no CLS token."
                 )
 
     def macs(self, tiles: int) -> int:

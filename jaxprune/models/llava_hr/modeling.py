@@ -88,10 +88,10 @@ class FastTower(ClipVisionTower):
         y: Array = self.layers[l](x)
         return y
 
-    def signal(self, x: Float[Array, "F N C"], signal: Signal) -> Array:
-        """What a signal is in the layer whose input is given."""
+    def signal(self, l: int, x: Float[Array, "F N C"], signal: Signal) -> Array:
+        """What a signal is in a layer whose input is given."""
         heads = self.config.num_attention_heads
-        return signal_of_layer(self.layers[signal.layer], x, signal, num_heads=heads, cls=False)
+        return signal_of_layer(self.layers[l], x, signal, num_heads=heads, cls=False)
 
 
 class Adapter(nn.Module):
@@ -164,13 +164,14 @@ class LlavaHrTower(nn.Module):
         features = self.fast_proj(x) + added
         found: dict[Signal, Array] = {}
         for signal in sorted(signals):
-            asked, at = c.tower.instead(signal), signal.layer % layers
+            at = signal.layer_of(layers=layers, feature_layer=layers - 1)
+            asked = c.tower.instead(signal)
             if signal.kind == "features":
                 found[signal] = features
             elif signal.kind == "hidden_states":
                 found[signal] = x if at == layers - 1 else inputs[at + 1]
             else:
-                found[signal] = self.fast.signal(inputs[at], asked)
+                found[signal] = self.fast.signal(at, inputs[at], asked)
         return VisionOutput(features, None, found)
 
 

@@ -125,7 +125,6 @@ class VideoLlavaStages(LlavaStages):
             frames = Frames(*jnp.full((2, len(pixel_values)), STILL))
         options = {
             "feature_layers": config.feature_layers,
-            "keep_cls": True,
             "signals": signals - {PROJECTED},
         }
         video = jnp.asarray(frames.video)

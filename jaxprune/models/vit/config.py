@@ -45,11 +45,13 @@ class VitTower:
         config: its sizes.
         feature_layers: the hidden states that are read, 0 for the embeddings.
         merged: patches along a side of the square that makes up a visual token.
+        spare_cls: whether every tile has a CLS token that could be a visual token and is none.
     """
 
     config: VitSizes
     feature_layers: tuple[int, ...]
     merged: int = 1
+    spare_cls: bool = False
 
     @property
     def tile_size(self) -> int:
@@ -72,10 +74,7 @@ class VitTower:
         """Raise `UserError` unless the tower can give these signals."""
         layers = self.config.num_hidden_layers
         for signal in signals:
-            if not -layers <= signal.layer < layers:
-                raise UserError(
-                    f"The method asks for {signal}, but the vision tower has {layers} layers."
-                )
+            signal.check(layers)
 
     def macs(self, tiles: int) -> int:
         """Multiply-adds of the layers that are run for so many tiles, and of the embedding."""
@@ -98,13 +97,18 @@ class VitTower:
         return tiles * (pixels + features), tiles * slots * width * item + scratch
 
 
+def check_heads(hidden_size: int, num_attention_heads: int, where: str) -> None:
+    """Raise `UserError` for heads that do not divide the width."""
+    if hidden_size % num_attention_heads:
+        raise UserError(
+            f"{where} has hidden_size={hidden_size}, which its {num_attention_heads} attention "
+            "heads do not divide."
+        )
+
+
 def check_sizes(config: VitSizes, where: str, *, most_patches: int) -> None:
     """Raise `UserError` for heads that do not divide the width, or patches that do not fit."""
-    if config.hidden_size % config.num_attention_heads:
-        raise UserError(
-            f"{where} has hidden_size={config.hidden_size}, which its "
-            f"{config.num_attention_heads} attention heads do not divide."
-        )
+    check_heads(config.hidden_size, config.num_attention_heads, where)
     if config.patch_size > config.image_size:
         raise UserError(
             f"{where} has patches of {config.patch_size} pixels in an image of {config.image_size}."

@@ -65,7 +65,6 @@ class VisionTransformer(nn.Module):
         pixel_values: Float[Array, "F H W 3"],
         *,
         feature_layers: tuple[int, ...] = (-2,),
-        keep_cls: bool = False,
         signals: frozenset[Signal] = frozenset(),
         layers: Sequence[Layer] | None = None,
     ) -> VisionOutput:
@@ -77,13 +76,15 @@ class VisionTransformer(nn.Module):
         Args:
             pixel_values: normalised.
             feature_layers: indices into the hidden states (0 = embeddings), concatenated.
-            keep_cls: the "full" select strategy: CLS is a feature too.
             signals: those of the tower itself; "features" among them.
             layers: what is run instead of the tower's own.
         """
         layers, L = self.blocks() if layers is None else layers, self.config.num_hidden_layers
         wanted = [index % (L + 1) for index in feature_layers]
-        read = [_state_of(signal, L) for signal in signals if signal.kind != "features"]
+        # Hidden state l + 1 is what layer l makes.
+        maker = max(*wanted, 1) - 1
+        at = {signal: signal.layer_of(layers=L, feature_layer=maker) for signal in signals}
+        read = [_state_of(signal, at[signal]) for signal in signals if signal.kind != "features"]
         states = [self.embed(pixel_values)]
         for layer in layers[: max(*wanted, *read, 0)]:
             states.append(layer(states[-1]))
@@ -91,17 +92,18 @@ class VisionTransformer(nn.Module):
         whole = jnp.concatenate([states[index] for index in wanted], axis=-1)  # [F, S, C]
         features = self.as_tokens(whole[:, 1:])
         found = {
-            signal: features if signal.kind == "features" else self._signal(layers, states, signal)
+            signal: features
+            if signal.kind == "features"
+            else self._signal(layers[at[signal]], states[_state_of(signal, at[signal])], signal)
             for signal in sorted(signals)
         }
-        return VisionOutput(features, whole[:, 0] if keep_cls else None, found)
+        merged = features.shape[-1] != whole.shape[-1]
+        return VisionOutput(features, None if merged else whole[:, 0], found)
 
-    def _signal(self, layers: Sequence[Layer], states: list[Array], signal: Signal) -> Array:
-        c = self.config
-        x = states[_state_of(signal, c.num_hidden_layers)]
+    def _signal(self, layer: Layer, x: Float[Array, "F S C"], signal: Signal) -> Array:
         if signal.kind == "hidden_states":
             return self.as_tokens(x[:, 1:])
-        found = signal_of_layer(layers[signal.layer], x, signal, num_heads=c.num_attention_heads)
+        found = signal_of_layer(layer, x, signal, num_heads=self.config.num_attention_heads)
         return self.as_tokens(found) if signal.kind == "keys" else self._of_tokens(found)
 
     def _of_tokens(self, attention: Float[Array, "F P"]) -> Float[Array, "F N"]:
@@ -126,16 +128,17 @@ def signal_of_layer(
     if everybody:
         return received_attention(q, k, num_heads=num_heads)[:, cls:]
     if signal.kind == "cls_attention":
-        return cls_attention(q, k, num_heads=num_heads if signal.heads == "mean" else 1)
+        own = 1 if signal.heads == "joined" else num_heads
+        mean = cls_attention(q, k, num_heads=own)
+        return num_heads * mean if signal.heads == "sum" else mean
     keys = k[:, cls:]
     if signal.heads == "joined":
         return keys
     return keys.reshape(*keys.shape[:2], num_heads, -1).astype(jnp.float32).mean(axis=2)
 
 
-def _state_of(signal: Signal, layers: int) -> int:
-    """The hidden state that a signal is made of: the layer's input, or its output."""
-    layer = signal.layer % layers
+def _state_of(signal: Signal, layer: int) -> int:
+    """The hidden state that a signal of a layer is made of: the layer's input, or its output."""
     return layer + 1 if signal.kind == "hidden_states" else layer
 
 

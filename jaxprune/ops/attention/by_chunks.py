@@ -17,7 +17,7 @@ from jaxprune.ops.attention.definition import (
     sum_received,
     weighted_values,
 )
-from jaxprune.ops.axes import AnyArray
+from jaxprune.ops.axes import AnyArray, on_mesh
 
 
 def attention(
@@ -39,10 +39,32 @@ def attention(
         In the dtype of `v`; the softmax is float32.
     """
     chunk = functools.partial(_chunk, k=k, v=v)
-    Q = q.shape[2]
-    if Q <= limits.QUERY_CHUNK:
+    B, H, Q, _ = q.shape
+    most = _at_once(B, H, k.shape[2])
+    if most >= Q:
         return chunk(q, mask)
-    return parts.join(_map_chunks(chunk, q, mask), Q)
+    return parts.join(_map_chunks(chunk, most, q, mask), Q)
+
+
+def attend_by_rows(
+    q: Float[AnyArray, "B H S d"],
+    k: Float[AnyArray, "B J S d"],
+    v: Float[AnyArray, "B J S d"],
+    valid: Bool[AnyArray, "B S"],
+    asks: Float[Array, "B S n"] | None,
+    options: Options,
+) -> tuple[Float[Array, "B H S d"], Float[Array, "n B S"]]:
+    """`attend_by_chunks` for as many rows at a time as keep the scores small."""
+    B, H, S, _ = q.shape
+    fewest = -(-B // limits.rows_at_once(H, S))
+    number = next(n for n in range(fewest, B + 1) if B % n == 0)  # parts of equal size
+    if number == 1:
+        return attend_by_chunks(q, k, v, valid, asks, options)
+    some = jax.tree.map(lambda x: x.reshape(number, -1, *x.shape[1:]), (q, k, v, valid, asks))
+    attend: Any = functools.partial(attend_by_chunks, options=options)
+    out, received = jax.lax.map(lambda rows: attend(*rows), some)
+    received = received.swapaxes(0, 1)  # [n, parts, rows, S]
+    return out.reshape(q.shape), received.reshape(len(received), B, S)
 
 
 def attend_by_chunks(
@@ -72,10 +94,16 @@ def attend_by_chunks(
         return attention(q, k, v, mask), jnp.zeros((0, B, S))
     slots = jnp.broadcast_to(jnp.arange(S), (B, S))
     chunk = functools.partial(_watched_chunk, k=k, v=v, options=options)
-    if S <= limits.QUERY_CHUNK:
+    most = _at_once(B, q.shape[1], S)
+    if most >= S:
         return chunk(q, mask, asks, slots)
-    out, received = _map_chunks(chunk, q, mask, asks, slots)  # [parts, ...] each
+    out, received = _map_chunks(chunk, most, q, mask, asks, slots)  # [parts, ...] each
     return parts.join(out, S), received.sum(0)
+
+
+def _at_once(rows: int, heads: int, slots: int) -> int:
+    """Queries at once; on a mesh every device has some of the rows or heads alone."""
+    return limits.QUERY_CHUNK if on_mesh() else limits.queries_at_once(rows, heads, slots)
 
 
 def _chunk(
@@ -108,9 +136,12 @@ def _watched_chunk(
 
 
 def _map_chunks(
-    chunk: Callable[..., Any], q: Float[AnyArray, "B H Q d"], *others: Shaped[AnyArray, "_ Q ..."]
+    chunk: Callable[..., Any],
+    most: int,
+    q: Float[AnyArray, "B H Q d"],
+    *others: Shaped[AnyArray, "_ Q ..."],
 ) -> Any:
     """The results of `chunk` for equal parts of the queries, `[parts, ...]` each."""
-    number = -(-q.shape[2] // limits.QUERY_CHUNK)
+    number = -(-q.shape[2] // most)
     split = (parts.split(q, 2, number), *(parts.split(x, 1, number) for x in others))
     return jax.lax.map(lambda part: chunk(*part), split)

@@ -27,12 +27,15 @@ class Watch(NamedTuple):
             weight of the queries after it.
         rows: at most this many queries of a row have any weight, so only these are looked
             at; None looks at all, inside the attention itself.
+        rotated: the weights are those of the attention that is computed; else whoever asks
+            computes them apart, of queries and keys that are not rotated.
     """
 
     queries: Float[AnyArray, "n B S"]
     heads: str
     later: bool = False
     rows: int | None = None
+    rotated: bool = True
 
 
 class Options(NamedTuple):

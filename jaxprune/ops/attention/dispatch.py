@@ -7,11 +7,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxprune.ops.attention import limits
-from jaxprune.ops.attention.by_chunks import attend_by_chunks
+from jaxprune.ops.attention.by_chunks import attend_by_chunks, attend_by_rows
 from jaxprune.ops.attention.by_heads import attend_by_heads, heads_at_once
 from jaxprune.ops.attention.definition import Options, Watch, watched
 from jaxprune.ops.attention.fused import attend_fused
-from jaxprune.ops.axes import AnyArray
+from jaxprune.ops.axes import AnyArray, on_mesh
 
 
 def full_attention(
@@ -65,10 +65,13 @@ def scratch_bytes(rows: int, slots: int, *, heads: int, key_value_heads: int, bl
     """
     if jax.default_backend() == "tpu" and slots > limits.SHORT:
         return 0  # kernels hold them in a core's own memory
-    if jax.default_backend() == "cpu" and not _on_mesh():  # a few heads of a row at a time
+    if jax.default_backend() == "cpu" and not on_mesh():  # a few heads of a row at a time
         some = heads // key_value_heads * heads_at_once(key_value_heads)
         return 2 * some * min(block, slots) * slots * 4
-    return 2 * rows * heads * min(limits.QUERY_CHUNK, slots) * slots * 4
+    if on_mesh():
+        return 2 * rows * heads * min(limits.QUERY_CHUNK, slots) * slots * 4
+    rows = min(rows, limits.rows_at_once(heads, slots))
+    return 2 * rows * heads * min(limits.queries_at_once(rows, heads, slots), slots) * slots * 4
 
 
 def _by_platform(
@@ -79,8 +82,9 @@ def _by_platform(
     queries: Float[AnyArray, "n B S"] | None,
     options: Options,
 ) -> tuple[Float[Array, "B H S d"], Float[Array, "n B S"]]:
-    """By heads on a CPU, fused on a TPU, by chunks elsewhere and where there is little to do."""
+    """By heads on a CPU, fused on a TPU, by rows elsewhere, at once where there is little to do."""
     chunks = functools.partial(watched, attend_by_chunks, options=options)
+    rows = functools.partial(watched, attend_by_rows, options=options)
     if q.shape[2] <= limits.SHORT:
         return chunks(q, k, v, valid, queries)
     heads = functools.partial(watched, attend_by_heads, options=options)
@@ -90,13 +94,8 @@ def _by_platform(
         v,
         valid,
         queries,
-        cpu=chunks if _on_mesh() else heads,
+        cpu=chunks if on_mesh() else heads,
         tpu=functools.partial(attend_fused, options=options),
-        default=chunks,
+        default=chunks if on_mesh() else rows,
     )
     return found
-
-
-def _on_mesh() -> bool:
-    """Whether arrays are laid over a mesh of devices: a loop over rows would gather them."""
-    return not jax.sharding.get_abstract_mesh().empty
