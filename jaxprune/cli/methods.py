@@ -12,10 +12,10 @@ from jaxprune.errors import UserError
 from jaxprune.methods import METHODS, describe
 from jaxprune.methods.base import MethodClass
 from jaxprune.methods.recipes import published_recipes
-from jaxprune.model import read_config
+from jaxprune.model import clip_of, read_config
 from jaxprune.models.family import ModelConfig
 from jaxprune.models.registry import depth_of
-from jaxprune.ops.visual import Signal
+from jaxprune.ops.visual import TEXT_SIMILARITY, Signal
 
 
 def methods(
@@ -54,6 +54,8 @@ def on_model(cls: MethodClass, config: ModelConfig) -> dict[str, Any]:
     refused = None
     try:
         config.tower.check(signals)
+        if TEXT_SIMILARITY in signals:
+            clip_of(config)
     except UserError as error:
         refused = str(error)
     fitting = [recipe for recipe in published_recipes(cls.name) if recipe.fits(depth_of(config))]

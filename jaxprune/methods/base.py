@@ -9,13 +9,14 @@ import dataclasses
 import functools
 import itertools
 import math
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxprune.errors import UserError, check_choice, is_number, is_whole
+from jaxprune.errors import UserError, check_choice, check_share, is_number, is_whole
 from jaxprune.ops.cuts import (
     AFTER_ATTENTION,
     BETWEEN_LAYERS,
@@ -23,11 +24,12 @@ from jaxprune.ops.cuts import (
     Depth,
     LayerView,
     Ranker,
+    Recycled,
     Score,
     keep_best,
 )
 from jaxprune.ops.tiles import Chosen, ExtraTokens, Patches
-from jaxprune.ops.visual import Signal, VisionOutput
+from jaxprune.ops.visual import TEXT_SIMILARITY, Signal, VisionOutput
 
 POSITIONS = ("renumber", "original")
 
@@ -100,9 +102,11 @@ class VisionMethod:
     paper: ClassVar[str] = ""
     summary: ClassVar[str] = ""
     signals: ClassVar[frozenset[Signal]] = frozenset()
-    """What the tower has to give besides the features."""
+    """What the tower has to give besides the features, and what a CLIP's text tower has to."""
     reads_question: ClassVar[bool] = False
     """Whether `choose` looks at what is asked; every question then has its image pruned anew."""
+    of_videos: ClassVar[bool] = False
+    """Whether it compares the frames of a video, which a model then has to see as one."""
     traced: ClassVar[tuple[str, ...]] = ()
     """Fields, whole numbers below 2**32, that programs get as arguments, uint32 `[]`."""
 
@@ -122,6 +126,16 @@ class VisionMethod:
         return Plan(vision=self)
 
     @property
+    def compares_text(self) -> bool:
+        """Whether it goes by what a CLIP's text tower makes of the question."""
+        return TEXT_SIMILARITY in self.signals
+
+    @property
+    def tower_signals(self) -> frozenset[Signal]:
+        """What the vision tower has to give besides the features."""
+        return self.signals - {TEXT_SIMILARITY}
+
+    @property
     def merges(self) -> bool:
         """Whether `merge_tokens` makes other tokens of those that are kept."""
         return type(self).merge_tokens is not VisionMethod.merge_tokens
@@ -131,12 +145,24 @@ class VisionMethod:
         """Tokens that every tile gets besides its kept patches, made by `merge_tokens`."""
         return ExtraTokens()
 
+    def on_model(self, depth: Depth) -> "VisionMethod":
+        """The method as it runs on a model, where that decides about its options."""
+        return self
+
     def check(self, num_patches: int) -> None:
         """Raise `UserError` when the method cannot run on images of `num_patches` patches."""
 
     def fixed_count(self, num_patches: int) -> int | None:
-        """How many patches stay of an image of so many; None where images differ."""
+        """How many patches stay of an image of one tile with so many; None where images differ."""
         return None
+
+    def video_count(self, frames: int, patches: int) -> int | None:
+        """How many patches stay of a video of so many frames with so many each, or None."""
+        return None
+
+    def read(self, question: str) -> str:
+        """What it reads of a question, on one line; where it reads questions at all."""
+        return question
 
     def choose(self, patches: Patches) -> Chosen:
         """Which patches stay."""
@@ -163,8 +189,9 @@ def _describe_by_docstring(cls: Any) -> None:
         cls.summary = cls.__doc__.strip().splitlines()[0].rstrip(".")
 
 
-def _traced_fields(method: VisionMethod) -> tuple[tuple[np.uint32, ...], VisionMethod]:
-    leaves = tuple(np.uint32(getattr(method, name)) for name in method.traced)
+def _traced_fields(method: VisionMethod) -> tuple[tuple[Any, ...], VisionMethod]:
+    own = (getattr(method, name) for name in method.traced)
+    leaves = tuple(np.uint32(x) if is_whole(x) else x for x in own)  # or whatever stands for it
     return leaves, dataclasses.replace(method, **dict.fromkeys(method.traced, 0))  # type: ignore[arg-type]
 
 
@@ -205,6 +232,11 @@ class DecoderMethod:
     def __post_init__(self) -> None:
         check_choice("positions", self.positions, POSITIONS)
         check_choice(f"{type(self).__name__}.cut", self.cut, (BETWEEN_LAYERS, AFTER_ATTENTION))
+        if self.cut == AFTER_ATTENTION and type(self).recycle is not DecoderMethod.recycle:
+            raise UserError(
+                f"{type(self).__name__} recycles tokens, but cuts in the middle of a layer, where "
+                'there is no new token\'s attention; cut "between_layers".'
+            )
 
     def plan(self) -> Plan:
         return Plan(decoder=self)
@@ -213,6 +245,11 @@ class DecoderMethod:
     def score(self) -> Score | None:
         """How candidates are ranked by attention; None where they are not."""
         return None
+
+    @property
+    def asks(self) -> tuple[str, ...]:
+        """Whose attention it goes by, in words of a score: what costs and memory count."""
+        return () if self.score is None else self.score.queries
 
     @property
     def ranker(self) -> Ranker:
@@ -230,6 +267,15 @@ class DecoderMethod:
     ) -> Bool[Array, "B S"]:
         """Who stays, as for `ops.cuts.Ranker`: the `count` candidates that rank highest."""
         return keep_best(self.rank(view), candidates, count)
+
+    def recycle(
+        self, view: LayerView, dropped: Bool[Array, "B S"], room: Int[Array, " B"]
+    ) -> Recycled | None:
+        """New tokens that stand for dropped ones, as for `ops.cuts.Ranker`; None: there are none.
+
+        They count as candidates that stay: `keep` has to leave room for them.
+        """
+        return None
 
     def removed(self, num_tokens: int, depth: Depth) -> np.ndarray:
         """Tokens gone after the cut of each layer, not falling: int `[L]`.
@@ -265,6 +311,47 @@ class KeepRates(DecoderMethod):
         check_rates(f"The keep rates of {self.name}", given)
         kept = np.floor(rates * num_tokens + 0.5).astype(np.int64)
         return num_tokens - np.append(kept[1:], kept[-1])
+
+
+def removed_before(
+    layers: Sequence[int], left: Sequence[int], num_tokens: int, depth: Depth
+) -> np.ndarray:
+    """What `DecoderMethod.removed` gives where `left[i]` tokens enter the layer `layers[i]`.
+
+    Raises:
+        UserError: for a layer that the decoder does not have.
+    """
+    removed = np.zeros(depth.num_hidden_layers, np.int64)
+    for layer, number in zip(layers, left, strict=True):
+        check_depth("cut_layers", layer, depth)
+        removed[layer - 1 :] = num_tokens - number
+    return removed
+
+
+def as_layers(layers: Any) -> tuple[int, ...]:
+    """The layers before which a method cuts.
+
+    Raises:
+        UserError: unless they are whole numbers from 1 up, each larger than the one before.
+    """
+    listed = tuple(layers) if isinstance(layers, tuple | list) else ()
+    rising = all(is_whole(l) for l in listed) and all(a < b for a, b in itertools.pairwise(listed))
+    if not listed or not rising or listed[0] < 1:
+        raise UserError(f"cut_layers are {layers!r}; expected numbers of layers from 1 up, rising.")
+    return listed
+
+
+def as_shares(name: str, shares: Any, layers: tuple[int, ...]) -> tuple[float, ...]:
+    """What is kept before each of `layers`, of what comes there.
+
+    Raises:
+        UserError: unless they are as many shares.
+    """
+    if not isinstance(shares, tuple | list) or len(shares) != len(layers):
+        raise UserError(f"{name} are {shares!r}; expected a share for each of the layers {layers}.")
+    for share in shares:
+        check_share(name, share, zero=True)
+    return tuple(map(float, shares))
 
 
 def check_rates(name: str, rates: Any) -> None:
@@ -331,4 +418,18 @@ def check_keep(keep: object) -> None:
 def check_keep_fits(keep: int | None, num_patches: int) -> None:
     """Raise `UserError` when more patches are to be kept than an image has."""
     if keep is not None and keep > num_patches:
-        raise UserError(f"keep is {keep}, but an image of this request has {num_patches} patches.")
+        raise UserError(
+            f"keep is {keep}, but an image of this request has {num_patches} patches; that is the "
+            "most."
+        )
+
+
+def check_budget(budget: object, published: Iterable[int]) -> None:
+    """Raise `UserError` unless a budget is one of those that its authors name."""
+    known = tuple(published)
+    if budget in known:
+        return
+    hint = ""
+    if is_number(budget):
+        hint = f"; the nearest is {min(known, key=lambda one: abs(one - budget))}"
+    raise UserError(f"budget is {budget!r}; expected one of: {', '.join(map(str, known))}{hint}.")

@@ -6,12 +6,16 @@ PyramidDrop (arXiv 2410.17247): four stages of L / 4 layers, each keeping half o
     layer before it ranks.
 VTW (arXiv 2405.05803): all visual tokens leave before layer K = L / 2.
 FastV and PyramidDrop rank by the attention of the prompt's last token, mean over heads.
+
+`without_rope` of both takes the queries and keys before their rotation for that, as FEATHER
+(arXiv 2412.13180) found: the rotation favours what stands near the question, which is the lower
+end of the image. The layers' own attention is rotated as ever.
 """
 
 import dataclasses
 from typing import ClassVar
 
-from jaxprune.errors import UserError, check_layer, check_share, check_whole
+from jaxprune.errors import UserError, check_flag, check_layer, check_share, check_whole
 from jaxprune.methods.base import KeepRates, check_depth
 from jaxprune.ops.cuts import Depth, Score
 
@@ -23,10 +27,12 @@ class FastV(KeepRates):
     Args:
         keep_rate: the share.
         layer: the first layer that gets only these.
+        without_rope: rank by attention without rotary positions.
     """
 
     keep_rate: float = 0.5
     layer: int = 2
+    without_rope: bool = False
 
     name: ClassVar[str] = "fastv"
     paper: ClassVar[str] = "FastV, arXiv 2403.06764"
@@ -36,10 +42,11 @@ class FastV(KeepRates):
         super().__post_init__()
         check_share("keep_rate", self.keep_rate, zero=True)
         check_layer("layer", self.layer)
+        check_flag("without_rope", self.without_rope)
 
     @property
     def score(self) -> Score:
-        return Score(queries=("last",))
+        return Score(queries=("last",), rotated=not self.without_rope)
 
     def rates(self, depth: Depth) -> tuple[float, ...]:
         check_depth("layer", self.layer, depth)
@@ -55,10 +62,12 @@ class PyramidDrop(KeepRates):
     Args:
         keep_rate: what each stage keeps of the one before.
         stages: how many, the first one whole.
+        without_rope: rank by attention without rotary positions.
     """
 
     keep_rate: float = 0.5
     stages: int = 4
+    without_rope: bool = False
 
     name: ClassVar[str] = "pyramiddrop"
     paper: ClassVar[str] = "PyramidDrop, arXiv 2410.17247"
@@ -68,10 +77,11 @@ class PyramidDrop(KeepRates):
         super().__post_init__()
         check_share("keep_rate", self.keep_rate, zero=True)
         check_whole("stages", self.stages)
+        check_flag("without_rope", self.without_rope)
 
     @property
     def score(self) -> Score:
-        return Score(queries=("last",))
+        return Score(queries=("last",), rotated=not self.without_rope)
 
     def rates(self, depth: Depth) -> tuple[float, ...]:
         L = depth.num_hidden_layers

@@ -11,7 +11,8 @@ in layer l - 1 stay; r_l never increases with l, and 0 is allowed.
                   alpha follows from the mean rate that is asked for.
 
 Score: the mean over heads and over the text after the image; `queries="last"` takes the
-prompt's last token alone, as FastV does. The paper leaves the queries open.
+prompt's last token alone, as FastV does. The paper leaves the queries open. `without_rope` is not
+of the paper: it takes queries and keys before their rotation, see `fixed_schedules`.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ import functools
 import math
 from typing import ClassVar
 
-from jaxprune.errors import UserError, check_choice, check_layer, check_share, is_number
+from jaxprune.errors import UserError, check_choice, check_flag, check_layer, check_share, is_number
 from jaxprune.methods import recipes
 from jaxprune.methods.base import KeepRates, check_depth, check_rates
 from jaxprune.ops.cuts import Depth, Score
@@ -40,10 +41,12 @@ class GSearch(KeepRates):
         keep_rates: one a layer, `[L]`, the first one 1, not increasing; None takes the
             published curve for the model's family and depth.
         queries: "text" or "last".
+        without_rope: rank by attention without rotary positions.
     """
 
     keep_rates: tuple[float, ...] | None = None
     queries: str = "text"
+    without_rope: bool = False
 
     name: ClassVar[str] = "gsearch"
     paper: ClassVar[str] = "G-Search, arXiv 2412.00556"
@@ -52,6 +55,7 @@ class GSearch(KeepRates):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_queries(self.queries)
+        check_flag("without_rope", self.without_rope)
         if self.keep_rates is None:
             return
         check_rates("keep_rates", self.keep_rates)
@@ -59,7 +63,7 @@ class GSearch(KeepRates):
 
     @property
     def score(self) -> Score:
-        return Score(queries=(self.queries,))
+        return Score(queries=(self.queries,), rotated=not self.without_rope)
 
     def rates(self, depth: Depth) -> tuple[float, ...]:
         rates = self.keep_rates
@@ -79,12 +83,14 @@ class PSigmoid(KeepRates):
             keep rate for the model's family and depth.
         first_pruned_layer: the first layer that may get fewer tokens.
         queries: "text" or "last".
+        without_rope: rank by attention without rotary positions.
     """
 
     keep_rate: float
     k: float | None = None
     first_pruned_layer: int = 2
     queries: str = "text"
+    without_rope: bool = False
 
     name: ClassVar[str] = "psigmoid"
     paper: ClassVar[str] = "P-Sigmoid, arXiv 2412.00556"
@@ -95,13 +101,14 @@ class PSigmoid(KeepRates):
         check_share("keep_rate", self.keep_rate, one=False)
         check_layer("first_pruned_layer", self.first_pruned_layer)
         check_queries(self.queries)
+        check_flag("without_rope", self.without_rope)
         k = self.k
         if k is not None and (not is_number(k) or not 0 < k <= STEEPEST):
             raise UserError(f"k is {k!r}; expected a number above 0, at most {STEEPEST:g}.")
 
     @property
     def score(self) -> Score:
-        return Score(queries=(self.queries,))
+        return Score(queries=(self.queries,), rotated=not self.without_rope)
 
     def rates(self, depth: Depth) -> tuple[float, ...]:
         k = self.k

@@ -13,19 +13,37 @@ from typing import Any
 from jaxprune.errors import UserError
 from jaxprune.methods.base import Method, MethodClass, Plan, check_removed, options_of
 from jaxprune.methods.baselines import RandomPlaces, UniformPlaces
+from jaxprune.methods.cdpruner import CDPruner
+from jaxprune.methods.dart import Dart
+from jaxprune.methods.divprune import DivPrune
+from jaxprune.methods.evs import EVS
+from jaxprune.methods.fastervlm import FasterVLM
+from jaxprune.methods.feather import Feather
 from jaxprune.methods.fitprune import FitPrune
 from jaxprune.methods.fixed_schedules import VTW, FastV, PyramidDrop
 from jaxprune.methods.gsearch import GSearch, PSigmoid
+from jaxprune.methods.hiprune import HiPrune
+from jaxprune.methods.holov import HoloV
 from jaxprune.methods.iti import Iti
+from jaxprune.methods.mmtok import MMTok
 from jaxprune.methods.prumerge import PruMerge, PruMergePlus
 from jaxprune.methods.recipes import Recipe, load_recipe
+from jaxprune.methods.scope import Scope
+from jaxprune.methods.sparsevlm import SparseVLM
+from jaxprune.methods.v2drop import V2Drop
+from jaxprune.methods.vidcom2 import VidCom2
+from jaxprune.methods.visionzip import VisionZip
+from jaxprune.methods.vispruner import VisPruner
 from jaxprune.ops.cuts import Depth
 
 METHODS: dict[str, MethodClass] = {
     cls.name: cls
     for cls in (
-        PruMerge, PruMergePlus, Iti, FitPrune, GSearch, PSigmoid,
-        FastV, PyramidDrop, VTW, RandomPlaces, UniformPlaces,
+        PruMerge, PruMergePlus, FasterVLM, DivPrune, Scope, VisPruner, HiPrune,
+        CDPruner, VisionZip, MMTok, HoloV, EVS, VidCom2, RandomPlaces, UniformPlaces,
+        Iti,
+        FitPrune, GSearch, PSigmoid, FastV, PyramidDrop, VTW, V2Drop, Dart, Feather,
+        SparseVLM,
     )
 }  # fmt: skip
 NO_PRUNING = "none"
@@ -73,6 +91,8 @@ def resolve(
         else:
             made = _from_recipe(part, depth, fractions)
         plan = _join(plan, made.plan())
+    if plan.vision is not None:
+        plan = plan._replace(vision=plan.vision.on_model(depth))
     if plan.decoder is not None:
         check_removed(plan.decoder, depth)
     return plan
@@ -181,7 +201,10 @@ def described_cut(method: Method) -> tuple[str, dict[str, Any] | None]:
     assert decoder is not None
     if decoder.score is None:
         return decoder.cut, None
-    return decoder.cut, {**dataclasses.asdict(decoder.score), "queries": [*decoder.score.queries]}
+    score = {**dataclasses.asdict(decoder.score), "queries": [*decoder.score.queries]}
+    if decoder.score.rotated:
+        del score["rotated"]  # which recipes do not have that are older than it
+    return decoder.cut, score
 
 
 def _join(plan: Plan, new: Plan) -> Plan:

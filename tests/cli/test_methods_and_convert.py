@@ -60,12 +60,14 @@ def test_methods_of_a_model(run, source):
     rows = {row["name"]: row for row in listed}
     assert rows["prumerge"]["reads"] == {"cls_attention": "received_attention", "keys": "keys"}
     assert rows["fitprune"]["recipes"] == [0.4, 0.6] and rows["fastv"]["recipes"] == []
+    assert "those of this model are of llava_hr. cdpruner needs none" in rows["cdpruner"]["refused"]
     curves = json.loads(run("methods", "--model", "internvl2-8b", "--json").out)
     (gsearch,) = (row for row in curves if row["name"] == "gsearch")
     assert gsearch["recipes"] == [0.4277] and gsearch["refused"] is None
     table = run("methods", "--model", "llava-hr-7b").out
     assert "received" in table
-    assert "received" not in run("methods", "--model", source).out
+    own = json.loads(run("methods", "--model", source, "--json").out)
+    assert all(asked == given for row in own for asked, given in row["reads"].items())
 
 
 @pytest.mark.parametrize("preset", ["llava-1.5-7b", "llava-hr-7b", "internvl2-8b"])

@@ -4,7 +4,21 @@ Written from the methods' description alone, as slow and as explicit as it gets,
 library's schedules against.
 """
 
+from typing import NamedTuple
+
 import numpy as np
+
+
+class Seen(NamedTuple):
+    """What there is to see of a layer, beside its attention."""
+
+    before: np.ndarray
+    positions: np.ndarray
+    k: np.ndarray
+    q_plain: np.ndarray
+    k_plain: np.ndarray
+    after: np.ndarray | None = None
+    normed: np.ndarray | None = None
 
 
 class PlainDecoder:
@@ -39,6 +53,18 @@ class PlainDecoder:
         cos, sin = np.cos(angle), np.sin(angle)
         return np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
 
+    def see(self, x, layer, positions):
+        """What a layer's input and its queries and keys are, `[S, D]` and `[heads, S, d]`."""
+        y = self.norm(x, self.weight(layer, "input_layernorm", "scale"))
+        nowhere = np.zeros(len(x))
+        return Seen(
+            before=x,
+            positions=np.asarray(positions),
+            k=self.heads(y, layer, "k_proj", positions),
+            q_plain=self.heads(y, layer, "q_proj", nowhere),
+            k_plain=self.heads(y, layer, "k_proj", nowhere),
+        )
+
     def attend(self, x, layer, positions, past=None):
         """Attention of new tokens to the past and themselves: output, weights, keys, values."""
         y = self.norm(x, self.weight(layer, "input_layernorm", "scale"))
@@ -72,16 +98,21 @@ class PlainDecoder:
             return y @ self.weight("embed_tokens", "embedding").T
         return y @ self.weight("lm_head", "kernel")
 
-    def generate(self, x, positions, visual, question, delete, new):
+    def generate(self, x, positions, visual, question, delete, new, renumber=False):
         """Prefill with deletions, then greedy decoding.
 
         Args:
             x: `[S, D]`.
             visual, question: bool `[S]`; the question includes the last token.
-            delete: called as `delete(l, place, weights, ids, visual, question)` with `place`
-                "after_attention" or "between_layers" and `weights` `[H, s, s]`; returns the
-                places, among those there are, to delete.
+            delete: called as `delete(l, place, weights, visual, question, seen)` with `place`
+                "after_attention" or "between_layers", `weights` `[H, s, s]` and what else there
+                is to see of the layer, a `Seen`; returns the places, among those there are, to
+                delete.
             new: tokens to generate.
+            renumber: those that are left take the positions 0, 1, 2 ... after each layer.
+
+        A deletion between layers may give a pair: the places, and new tokens `[c, D]` that stand
+        behind the last visual one, at the position of the last that is deleted; their id is -1.
 
         Returns:
             ids, logits `[new, V]`, the surviving positions behind every layer, cache lengths.
@@ -97,18 +128,30 @@ class PlainDecoder:
 
         for l in range(self.c.num_hidden_layers):
             layer = f"layers_{l}"
+            seen = self.see(x, layer, positions)
             out, weights, cache = self.attend(x, layer, positions)
             caches.append(cache)
-            gone = delete(l, "after_attention", weights, visual, question)
+            gone = delete(l, "after_attention", weights, visual, question, seen)
             x, out, ids, positions, visual, question = drop(
                 gone, x, out, ids, positions, visual, question
             )
             x = self.feed_forward(x + out, layer)
             if not len(gone):
-                gone = delete(l, "between_layers", weights, visual, question)
+                seen = seen._replace(after=x, normed=self.norm(x, self.weight("norm", "scale")))
+                found = delete(l, "between_layers", weights, visual, question, seen)
+                gone, made = found if isinstance(found, tuple) else (found, x[:0])
+                behind = np.max(np.nonzero(visual)[0], initial=0) + 1
+                place = positions[np.max(gone)] if len(gone) else 0
+                x, ids, positions, visual, question = (
+                    np.insert(array, [behind] * len(made), value, axis=0)
+                    for array, value in ((x, made), (ids, -1), (positions, place),
+                                         (visual, True), (question, False))
+                )  # fmt: skip
                 x, ids, positions, visual, question = drop(
                     gone, x, ids, positions, visual, question
                 )
+            if renumber:
+                positions = np.arange(len(x))
             survivors.append(ids)
         lengths = [cache[0].shape[1] for cache in caches]
         logits = [self.logits(x[-1])]
@@ -117,7 +160,8 @@ class PlainDecoder:
             x = self.weight("embed_tokens", "embedding")[answer[-1]][None]
             for l in range(self.c.num_hidden_layers):
                 layer = f"layers_{l}"
-                out, _, caches[l] = self.attend(x, layer, [total + step], caches[l])
+                at = caches[l][0].shape[1] if renumber else total + step
+                out, _, caches[l] = self.attend(x, layer, [at], caches[l])
                 x = self.feed_forward(x + out, layer)
             logits.append(self.logits(x[-1]))
             answer.append(int(np.argmax(logits[-1])))
@@ -127,7 +171,7 @@ class PlainDecoder:
 def fitprune(deletions):
     """The smallest u_j c_j go, after the attention."""
 
-    def delete(l, place, weights, visual, question):
+    def delete(l, place, weights, visual, question, _seen):
         if place != "after_attention" or not deletions[l]:
             return np.array([], int)
         A = weights.max(axis=0)
@@ -143,7 +187,7 @@ def fitprune(deletions):
 def keep_rates(rates, number, queries):
     """Before layer l + 1 the best round(r N) stay, by layer l's attention."""
 
-    def delete(l, place, weights, visual, question):
+    def delete(l, place, weights, visual, question, _seen):
         if place != "between_layers" or l + 1 >= len(rates):
             return np.array([], int)
         where = np.nonzero(visual)[0]
@@ -158,7 +202,7 @@ def keep_rates(rates, number, queries):
 def interaction(layer, gone, rows, prune_text):
     """Before `layer` the `gone` least important candidates go."""
 
-    def delete(l, place, weights, visual, question):
+    def delete(l, place, weights, visual, question, _seen):
         if place != "between_layers" or l != layer - 1:
             return np.array([], int)
         A = weights.mean(axis=0)

@@ -1,9 +1,13 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jaxprune
-from tests.methods.builders import chosen_of, select
+from jaxprune.ops.tiles import one_tile, patches_of
+from tests.methods.builders import chosen_of, packing_of, select
+
+PACKING = packing_of([one_tile(9)])
 
 
 def places(method, number):
@@ -22,6 +26,17 @@ def test_random_places_depend_on_seed_and_number_alone():
     assert first.tolist() != places(jaxprune.RandomPlaces(keep=20, seed=4), 144).tolist()
     assert first.tolist() != places(jaxprune.RandomPlaces(keep=20, seed=3), 145).tolist()
     assert len(first) == 20
+
+
+def test_a_seed_may_be_a_shape():
+    """As compilers get it, who see no numbers."""
+    shaped = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((), x.dtype), jaxprune.RandomPlaces(keep=3)
+    )
+    (seed,) = jax.tree.leaves(shaped)
+    assert seed.dtype == jnp.uint32
+    kept = jax.eval_shape(lambda method: method.choose(patches_of({}, PACKING, 9)).kept, shaped)
+    assert kept.shape == (1, 1, 9)
 
 
 @pytest.mark.parametrize("cls", [jaxprune.RandomPlaces, jaxprune.UniformPlaces])

@@ -1,6 +1,5 @@
 """Every decoder-side method against the plain decoder: survivors, caches, logits, answers."""
 
-import chex
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,10 +8,11 @@ import jaxprune
 from jaxprune.engine.answer import answers_of
 from jaxprune.methods import Depth
 from jaxprune.models.registry import depth_of
-from jaxprune.ops.cuts import LAST, QUESTION, VISUAL
+from jaxprune.ops.cuts import VISUAL
 from tests.builders import start, tiny_config, write_directory
 from tests.cases import picture
 from tests.methods import plain_decoder as plain
+from tests.methods.comparing import compare
 
 N, L = 16, 4
 SEVEN_B = Depth(32, frozenset({"llava-1.5-7b"}))
@@ -40,33 +40,6 @@ def model(request, tmp_path_factory):
     text = {"num_hidden_layers": L, "num_key_value_heads": request.param}
     write_directory(directory, tiny_config(text=text), seed=3)
     return jaxprune.load(directory)
-
-
-def compare(model, method, delete, new=20, prompt="Where is it, please?", **options):
-    run = start(model, picture(4), prompt, method=method, max_new_tokens=new, **options)
-    embedded = run.prompt.layout.embedded
-    length = int(embedded.lengths[0])
-    kind = embedded.kind[0, :length]
-    tokens = run.engine.embed(run.prompt, run.seen)
-    decoder = plain.PlainDecoder(model["language_model"], model.config.text_config)
-    ids, logits, survivors, lengths = decoder.generate(
-        np.asarray(tokens.x[0, :length]),
-        np.arange(length),
-        kind == VISUAL,
-        (kind == QUESTION) | (kind == LAST),
-        delete,
-        new,
-    )
-    chex.assert_trees_all_close(np.asarray(run.first_logits[0]), logits[0], atol=1e-4)
-    for layer, (positions, valid) in zip(run.prompt.schedule.layers, run.survivors, strict=True):
-        found = np.asarray(positions[0])[np.asarray(valid[0])]
-        assert found.tolist() == survivors[layer].tolist()
-    valid = [int(np.asarray(cache.valid[0]).sum()) for cache in run.state.caches]
-    assert valid == lengths
-    run.advance(new)
-    until = run.lengths[0] + run.done[0]  # the plain decoder does not stop at the end token
-    assert run.tokens[0, :until].tolist() == ids[:until]
-    return run
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -15,7 +15,7 @@ from jaxprune.methods import Merged
 from jaxprune.ops.cuts import AFTER_ATTENTION, Score
 from jaxprune.ops.tiles import ExtraTokens
 from tests.builders import start
-from tests.cases import mostly_slow, picture
+from tests.cases import picture
 
 FEATURES, PROJECTED = jaxprune.Signal("features"), jaxprune.Signal("projected")
 
@@ -123,9 +123,8 @@ def test_a_row_is_the_same_alone_in_a_batch_and_masked(name, tiny_model):
     chex.assert_trees_all_close(batch.first_logits[1], alone.first_logits[0], atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "name", mostly_slow(["features", "question", "hidden states", "pair"], ["question"])
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["features", "question", "hidden states", "pair"])
 def test_nothing_compiles_after_a_warm_up(name, tiny_model):
     text = (32, 64) if name == "question" else (64,)
     buckets = jaxprune.Buckets(
