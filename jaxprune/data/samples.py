@@ -1,11 +1,13 @@
 """Calibration samples: an image, a question and its reference answer."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from jaxprune.data import scenes
+from jaxprune.data.lines import check_images, image_paths, parse_lines, read_text
 from jaxprune.errors import UserError
-from jaxprune.files import as_path, parse_json
+from jaxprune.files import as_path
 
 DEFAULT_SAMPLES = 192
 
@@ -32,40 +34,21 @@ def read_samples(path: Any) -> list[Sample]:
     """Samples from a JSONL file; image paths are relative to it, empty lines do not count.
 
     Raises:
-        UserError: for a missing or empty file, or a line that is no sample; it names the line.
+        UserError: for a missing or empty file, or lines that are no samples; it names them.
     """
-    path = as_path(path, "The data file")
-    if not path.is_file():
-        raise UserError(f"The data file {path} does not exist; expected JSONL.")
-    samples = []
-    try:
-        # Not splitlines: JSON may hold other line separators as they are.
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as text ({error}).") from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            fields = parse_json(line)
-        except ValueError as error:
-            raise UserError(f"{path}, line {number} is not JSON ({error}).") from None
-        texts = isinstance(fields, dict) and all(
-            isinstance(fields.get(name), str) and fields[name].strip()
-            for name in ("image", "question")
-        )
-        if not texts or not isinstance(fields.get("answer", ""), str):
+    text, path = read_text(path), as_path(path, "The data file")
+
+    def parse(where: str, fields: Mapping[str, Any]) -> Sample:
+        image, question, answer = (fields.get(n, "") for n in ("image", "question", "answer"))
+        if not all(isinstance(x, str) for x in (image, question, answer)) or not (
+            image.strip() and question.strip()
+        ):
             raise UserError(
-                f"{path}, line {number} is no sample; expected an object with the texts "
-                "'image', 'question' and 'answer'."
+                f"{where} is no sample; expected an object with the texts 'image', 'question' "
+                "and 'answer'."
             )
-        try:
-            image = path.parent / as_path(fields["image"], "the image")
-        except UserError as error:
-            raise UserError(f"{path}, line {number}: {error}") from None
-        if not image.is_file():
-            raise UserError(f"{path}, line {number}: the image {image} does not exist.")
-        samples.append(Sample(image, fields["question"], fields.get("answer", "")))
-    if not samples:
-        raise UserError(f"{path} has no samples.")
-    return samples
+        images = image_paths(where, image, path.parent)
+        check_images(where, images)
+        return Sample(images[0], question, answer)
+
+    return parse_lines(text, path, "sample", parse)

@@ -170,12 +170,13 @@ def sample(split: str, seed: int, index: int, kind: str | None = None) -> tuple[
             return scene, question
 
 
-def _only(values: list[str]) -> list[str]:
+def only(values: list[str]) -> list[str]:
+    """The values that occur once, in order."""
     return [value for value in dict.fromkeys(values) if values.count(value) == 1]
 
 
 def _ask_color(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
-    shapes = _only([item.shape for item in scene.objects])
+    shapes = only([item.shape for item in scene.objects])
     if not shapes:
         return None
     shape = str(rng.choice(shapes))
@@ -184,7 +185,7 @@ def _ask_color(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None
 
 
 def _ask_shape(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
-    colors = _only([item.color for item in scene.objects])
+    colors = only([item.color for item in scene.objects])
     if not colors:
         return None
     color = str(rng.choice(colors))
