@@ -56,9 +56,11 @@ MEAN, STD = np.array(CLIP_MEAN, np.float32), np.array(CLIP_STD, np.float32)
 PROMPT_BEFORE_IMAGE = "USER: "
 SPECIAL_TOKENS = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
 VOCABULARY = 512
-SEGMENT = 20  # tokens of one question with its answer, padded
+QUESTION = 14  # tokens of a question with its answer, on average
 GRID, PATCH = 12, 8
+COLOR, SHAPE = 0, 1  # of the four labels of an object
 LISTING = "What is there?"  # asked beside the six kinds of question
+KINDS = (*scenes.KINDS, "listing")
 
 
 def build_tokenizer() -> Tokenizer:
@@ -159,44 +161,74 @@ def make_batch(
 
     Returns:
         pixels uint8 `[B, 96, 96, 3]`; patches int32 `[B, N, 4]`; captions int32
-        `[B, objects, 4]`; token_ids int32 `[B, segments, SEGMENT]`; targets bool, as
-        token_ids: the answer tokens and the end of sequence.
+        `[B, objects, 4]`; and what `packed` gives of each row.
     """
-    segments = len(scenes.KINDS) + len(more)
-    batch = {
-        "pixels": np.zeros((size, GRID * PATCH, GRID * PATCH, 3), np.uint8),
-        "patches": np.zeros((size, GRID * GRID, 4), np.int32),
-        "captions": np.zeros((size, scenes.MAX_OBJECTS, 4), np.int32),
-        "token_ids": np.zeros((size, segments, SEGMENT), np.int32),
-        "targets": np.zeros((size, segments, SEGMENT), bool),
-    }
+    rows = []
     for row in range(size):
         rng = scenes.random_generator("train", seed, step * size + row)
         scene = scenes.sample_scene(rng)
-        batch["pixels"][row] = np.asarray(scenes.draw(scene))
-        batch["patches"][row] = patch_labels(scene)
-        for i, item in enumerate(scene.objects):
-            batch["captions"][row, i] = object_labels(item)
-        asked = ask_all(tokenizer, scene, more, rng)
-        batch["token_ids"][row], batch["targets"][row] = asked
-    return batch
+        captions = np.zeros((scenes.MAX_OBJECTS, 4), np.int32)
+        captions[: len(scene.objects)] = [object_labels(item) for item in scene.objects]
+        seen = {
+            "pixels": np.asarray(scenes.draw(scene)),
+            "patches": patch_labels(scene),
+            "captions": captions,
+        }
+        rows.append(seen | ask_all(tokenizer, scene, more, rng))
+    return stacked(rows)
 
 
 def ask_all(
     tokenizer: Tokenizer, scene: scenes.Scene, more: tuple[str, ...], rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids and targets of a question of each kind and of `more`: `[segments, SEGMENT]`."""
-    segments = len(scenes.KINDS) + len(more)
-    token_ids = np.full((segments, SEGMENT), SPECIAL_TOKENS.index("<pad>"), np.int32)
-    targets = np.zeros((segments, SEGMENT), bool)
-    for k, what in enumerate([*scenes.KINDS, *more]):
-        question, answer = ask_more(scene, what, rng)
+) -> dict[str, np.ndarray]:
+    """A question of each kind and of `more`, packed."""
+    asked = [(what, *ask_more(scene, what, rng)) for what in (*scenes.KINDS, *more)]
+    return packed(tokenizer, asked, KINDS, QUESTION * len(asked))
+
+
+def packed(
+    tokenizer: Tokenizer, asked: list[tuple[str, str, str]], names: tuple[str, ...], length: int
+) -> dict[str, np.ndarray]:
+    """Questions with their answers one behind the other, as many as fit.
+
+    Args:
+        tokenizer: the model's.
+        asked: kind, question and answer of each.
+        names: of the kinds.
+        length: tokens of a row, `T`.
+
+    Returns:
+        token_ids int32 `[T]`; targets bool `[T]`, the answer tokens and the end of sequence;
+        segments int32 `[T]`, which question a token is of, -1 for the padding; places int32
+        `[T]`, where in its question it stands; kinds int32 `[questions]`, -1 for what did not fit.
+    """
+    row = {
+        "token_ids": np.full(length, SPECIAL_TOKENS.index("<pad>"), np.int32),
+        "targets": np.zeros(length, bool),
+        "segments": np.full(length, -1, np.int32),
+        "places": np.zeros(length, np.int32),
+        "kinds": np.full(len(asked), -1, np.int32),
+    }
+    start = 0
+    for k, (kind, question, answer) in enumerate(asked):
         prompt = tokenizer.encode(segment_text(question), add_special_tokens=False).ids
         reply = tokenizer.encode(f" {answer}", add_special_tokens=False).ids
         ids = [*prompt, *reply, SPECIAL_TOKENS.index("</s>")]
-        token_ids[k, : len(ids)] = ids
-        targets[k, len(prompt) : len(ids)] = True
-    return token_ids, targets
+        end = start + len(ids)
+        if end > length:
+            break
+        row["token_ids"][start:end] = ids
+        row["targets"][start + len(prompt) : end] = True
+        row["segments"][start:end] = k
+        row["places"][start:end] = np.arange(len(ids))
+        row["kinds"][k] = names.index(kind)
+        start = end
+    return row
+
+
+def stacked(rows: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Rows as one batch."""
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 def prefetch(make: Any, steps: range) -> Iterator[dict[str, np.ndarray]]:
@@ -216,9 +248,15 @@ def prefetch(make: Any, steps: range) -> Iterator[dict[str, np.ndarray]]:
 
 
 class TrainingHeads(nn.Module):
-    """What only training needs: the patch classifier and the text side of the CLIP loss."""
+    """What only training needs: the patch classifier and the text side of the CLIP loss.
+
+    Attributes:
+        width: of the tower.
+        counts: how many values each of the four labels has, "nothing" among them.
+    """
 
     width: int
+    counts: tuple[int, ...]
 
     @nn.compact
     def __call__(
@@ -231,16 +269,14 @@ class TrainingHeads(nn.Module):
             cls: `[B, C]`.
             captions: int32 `[B, objects, 4]`, a bag of described objects, 0 = no object.
         """
-        kinds = (scenes.COLORS, scenes.SHAPES, scenes.SIZES, scenes.POSITIONS)
-        counts = [1 + len(kind) for kind in kinds]
-        logits = [nn.Dense(n, name=f"patch_{i}")(patches) for i, n in enumerate(counts)]
+        logits = [nn.Dense(n, name=f"patch_{i}")(patches) for i, n in enumerate(self.counts)]
 
         words = [
             nn.Embed(n, self.width, name=f"word_{i}")(captions[..., i])
-            for i, n in enumerate(counts)
+            for i, n in enumerate(self.counts)
         ]
         described = nn.Dense(self.width)(nn.gelu(nn.Dense(2 * self.width)(sum(words))))
-        present = (captions[..., :1] > 0).astype(described.dtype)
+        present = (captions[..., SHAPE, None] > 0).astype(described.dtype)
         text = nn.Dense(self.width, name="text")(jnp.sum(described * present, axis=1))
         image = nn.Dense(self.width, name="image")(cls)
         text = text / jnp.linalg.norm(text, axis=-1, keepdims=True)
@@ -262,21 +298,24 @@ def vision_losses(
         {"params": params["model"]["vision_tower"]}, normalise(batch["pixels"])
     )
     features = states[config.feature_layers[0]][:, 1:]
-    heads = TrainingHeads(config.vision_config.hidden_size)
+    counts = tuple(params["heads"][f"patch_{i}"]["bias"].size for i in range(4))
+    heads = TrainingHeads(config.vision_config.hidden_size, counts)
     logits, similarity = heads.apply(
         {"params": params["heads"]}, features, pooled, batch["captions"]
     )
 
     # Objects cover a tenth of the patches: weigh ground down, or it drowns them.
     xent = optax.softmax_cross_entropy_with_integer_labels
-    weight = jnp.where(batch["patches"][..., 0] > 0, 1.0, 0.1)
+    weight = jnp.where(shown(batch), 1.0, 0.1)
     losses = [xent(x, batch["patches"][..., i]) for i, x in enumerate(logits)]
     patch_loss = sum(jnp.sum(x * weight) for x in losses) / jnp.sum(weight)
+    named = logits[SHAPE].argmax(-1) == batch["patches"][..., SHAPE]
 
     diagonal = jnp.arange(similarity.shape[0])
     clip_loss = (xent(similarity, diagonal) + xent(similarity.T, diagonal)).mean() / 2
     metrics = {
         "patch": patch_loss,
+        "patch_shape": jnp.sum(named & shown(batch)) / jnp.sum(shown(batch)),
         "clip": clip_loss,
         "clip_accuracy": (similarity.argmax(-1) == diagonal).mean(),
     }
@@ -302,10 +341,10 @@ def word_loss(
         return x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-6)
 
     total = jnp.zeros(())
-    shown = patches[..., 0] > 0
-    for i, name in enumerate(("color", "shape")):
+    for label, name in ((COLOR, "color"), (SHAPE, "shape")):
         logits = normed(visual) @ normed(embedding[words[name]]).T / visual.shape[-1] ** 0.5
-        labels = jnp.maximum(patches[..., i] - 1, 0)
+        shown = patches[..., label] > 0
+        labels = jnp.maximum(patches[..., label] - 1, 0)
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         total += jnp.sum(loss * shown) / jnp.maximum(jnp.sum(shown), 1)
     return total
@@ -320,7 +359,7 @@ def answer_logits(
     before: jax.Array,
     image_length: int,
 ) -> jax.Array:
-    """Next-token logits `[B, segments, SEGMENT, vocabulary]` of all questions of each image.
+    """Next-token logits `[B, T, vocabulary]` of all questions of each image.
 
     Args:
         params, config: the model.
@@ -330,32 +369,44 @@ def answer_logits(
         before: int32 `[n]`, the prompt in front of the image.
         image_length: visual tokens of a whole image; the questions stand behind them.
     """
-    B, segments, length = batch["token_ids"].shape
+    states = question_states(params, config, visual, places, batch, before, image_length)
     decoder = LlamaDecoder(config.text_config)
+    return decoder.apply({"params": params["model"]["language_model"]}, states, method="logits")
+
+
+def question_states(
+    params: dict,
+    config: LlavaConfig,
+    visual: jax.Array,
+    places: jax.Array,
+    batch: dict,
+    before: jax.Array,
+    image_length: int,
+    layers: int | None = None,
+) -> jax.Array:
+    """Hidden states `[B, T, D]` of the questions after some layers, or all; as `answer_logits`."""
+    B, T = batch["token_ids"].shape
+    depth = config.text_config.num_hidden_layers if layers is None else layers
+    decoder = LlamaDecoder(dataclasses.replace(config.text_config, num_hidden_layers=depth))
     variables = {"params": params["model"]["language_model"]}
-    ids = jnp.concatenate(
-        [jnp.broadcast_to(before, (B, before.size)), batch["token_ids"].reshape(B, -1)], axis=1
-    )
+    ids = jnp.concatenate([jnp.broadcast_to(before, (B, before.size)), batch["token_ids"]], axis=1)
     text = decoder.apply(variables, ids, method="embed")
     x = jnp.concatenate([text[:, : before.size], visual, text[:, before.size :]], axis=1)
 
-    # Slots: prefix (text and image), then one segment a question, all starting at the
-    # same position; a segment sees the prefix and itself.
+    # Slots: what all see (text and image), then the questions, each of which sees itself and
+    # begins at the same position.
     prefix = before.size + visual.shape[1]
-    segment = np.concatenate([np.zeros(prefix, int), np.repeat(np.arange(segments) + 1, length)])
-    same = (segment[None] == segment[:, None]) | (segment[None] == 0)
-    mask = jnp.asarray(np.tril(same))[None]
-    start = before.size + image_length
+    segments = jnp.pad(1 + batch["segments"], ((0, 0), (prefix, 0)))
+    same = (segments[:, None] == segments[:, :, None]) | (jnp.arange(prefix + T) < prefix)
     positions = [
         jnp.broadcast_to(jnp.arange(before.size), (B, before.size)),
         before.size + places,
-        jnp.broadcast_to(start + jnp.tile(jnp.arange(length), segments), (B, segments * length)),
+        before.size + image_length + batch["places"],
     ]
     positions = jnp.concatenate(positions, axis=1).astype(jnp.int32)
     tokens = text_tokens(x)._replace(positions=positions)
-    prefilled = decoder.apply(variables, tokens, new_slots=0, mask=mask, method="prefill")
-    hidden = prefilled.tokens.x[:, prefix:].reshape(B, segments, length, -1)
-    return decoder.apply(variables, hidden, method="logits")
+    prefilled = decoder.apply(variables, tokens, new_slots=0, mask=jnp.tril(same), method="prefill")
+    return prefilled.tokens.x[:, prefix:]
 
 
 def loss_function(
@@ -376,22 +427,35 @@ def loss_function(
     alignment = word_loss(params, visual, batch["patches"], words)
     places = jnp.broadcast_to(jnp.arange(visual.shape[1]), visual.shape[:2])
     if stage.patches is not None:
-        places = some_patches(batch, batch["patches"][..., 0] > 0, stage.patches)
+        places = some_patches(batch, shown(batch), stage.patches)
         visual = jnp.take_along_axis(visual, places[..., None], axis=1)
     logits = answer_logits(params, config, visual, places, batch, before, GRID * GRID)
-    answers, right = answer_loss(logits, batch)
+    answers, right = answer_loss(logits, batch, KINDS)
     metrics |= {"answer": answers, "words": alignment, **right}
     return 0.5 * (loss + alignment) + answers, metrics
 
 
-def answer_loss(logits: jax.Array, batch: dict) -> tuple[jax.Array, dict]:
-    """Cross-entropy of the answers' tokens, and the share of right answers by kind."""
-    labels, targets = batch["token_ids"][:, :, 1:], batch["targets"][:, :, 1:]
-    logits = logits[:, :, :-1]
+def shown(batch: dict) -> jax.Array:
+    """Which patches show an object: bool `[B, N]`."""
+    return batch["patches"][..., SHAPE] > 0
+
+
+def answer_loss(
+    logits: jax.Array, batch: dict, names: tuple[str, ...]
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Cross-entropy of the answers' tokens; right answers of each kind, and all of them."""
+    labels, targets = batch["token_ids"][:, 1:], batch["targets"][:, 1:]
+    logits = logits[:, :-1]
     xent = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    right = jnp.all((logits.argmax(-1) == labels) | ~targets, axis=-1)  # [B, segments]
-    by_kind = {name: right[:, k].mean() for k, name in enumerate(scenes.KINDS)}
-    return jnp.sum(xent * targets) / jnp.sum(targets), by_kind
+    wrong = targets & (logits.argmax(-1) != labels)
+    question = jnp.arange(batch["kinds"].shape[1])
+    spoiled = wrong[..., None] & (batch["segments"][:, 1:, None] == question)
+    right = ~jnp.any(spoiled, axis=1)  # [B, questions]
+    shares = {
+        name: jnp.stack([jnp.sum(right & (batch["kinds"] == k)), jnp.sum(batch["kinds"] == k)])
+        for k, name in enumerate(names)
+    }
+    return jnp.sum(xent * targets) / jnp.sum(targets), shares
 
 
 def some_patches(batch: dict, shown: jax.Array, number: int) -> jax.Array:
@@ -449,13 +513,18 @@ def optimizer(stage: Stage) -> optax.GradientTransformation:
 
 def init_params(config: LlavaConfig, seed: int) -> dict:
     model, heads = jax.random.split(jax.random.key(seed))
+    kinds = (scenes.COLORS, scenes.SHAPES, scenes.SIZES, scenes.POSITIONS)
+    return {
+        "model": family_of(config).init_params(config, model),
+        "heads": init_heads(config, heads, tuple(1 + len(kind) for kind in kinds)),
+    }
+
+
+def init_heads(config: LlavaConfig, key: jax.Array, counts: tuple[int, ...]) -> dict:
     width = config.vision_config.hidden_size
     captions = jnp.zeros((1, scenes.MAX_OBJECTS, 4), jnp.int32)
     shapes = (jnp.zeros((1, GRID * GRID, width)), jnp.zeros((1, width)), captions)
-    return {
-        "model": family_of(config).init_params(config, model),
-        "heads": TrainingHeads(width).init(heads, *shapes)["params"],
-    }
+    return TrainingHeads(width, counts).init(key, *shapes)["params"]
 
 
 def save(path: pathlib.Path, step: int, state: Any) -> None:
@@ -475,7 +544,25 @@ def restore(path: pathlib.Path, state: Any) -> tuple[int, Any]:
         return int(saved["step"]), jax.tree.unflatten(jax.tree.structure(state), leaves)
 
 
-def train_stage(stage: Stage, params: dict, loss: Any, make: Any, out: pathlib.Path) -> dict:
+def means(metrics: list[dict]) -> dict[str, float]:
+    """Of several steps: of numbers, and the shares of pairs of right answers and all."""
+    found = {}
+    for name in metrics[0]:
+        values = np.stack([one[name] for one in metrics])
+        part, whole = (values.sum(), len(values)) if values.ndim == 1 else values.sum(axis=0)
+        if whole:
+            found[name] = round(float(part / whole), 4)
+    return found
+
+
+def train_stage(
+    stage: Stage,
+    params: dict,
+    loss: Any,
+    make: Any,
+    out: pathlib.Path,
+    check: Any = None,
+) -> dict:
     """One stage, from its checkpoint if there is one.
 
     Args:
@@ -484,7 +571,10 @@ def train_stage(stage: Stage, params: dict, loss: Any, make: Any, out: pathlib.P
         loss: `(params, batch) -> (loss, metrics)`.
         make: `step -> batch`.
         out: the folder of checkpoints and the log.
+        check: `params -> metrics` of other data, logged with each checkpoint.
     """
+    if not stage.steps:
+        return params
     transform = optimizer(stage)
 
     @functools.partial(jax.jit, donate_argnums=(0,))
@@ -505,24 +595,26 @@ def train_stage(stage: Stage, params: dict, loss: Any, make: Any, out: pathlib.P
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    sums: dict[str, float] = {}
+    recent: list[dict] = []
     with Progress(*columns) as progress, (out / "log.jsonl").open("a") as log:
         task = progress.add_task(stage.name, total=stage.steps, completed=first, note="")
         for step, batch in enumerate(batches, start=first + 1):
             state, metrics = update(state, batch)
-            for key, value in metrics.items():
-                sums[key] = sums.get(key, 0.0) + float(value)
+            recent.append(jax.device_get(metrics))
             progress.update(task, completed=step)
             if step % 50 == 0 or step == stage.steps:
-                count = 50 if step % 50 == 0 else step % 50
-                means = {key: round(value / count, 4) for key, value in sums.items()}
-                log.write(json.dumps({"stage": stage.name, "step": step, **means}) + "\n")
+                found = means(recent)
+                log.write(json.dumps({"stage": stage.name, "step": step, **found}) + "\n")
                 log.flush()
-                note = " ".join(f"{key} {value:.2f}" for key, value in means.items())
+                note = " ".join(f"{key} {value:.2f}" for key, value in found.items())
                 progress.update(task, note=note)
-                sums = {}
-            if step % 250 == 0 or step == stage.steps:
+                recent = []
+            if step % 100 == 0 or step == stage.steps:
                 save(path, step, state)
+                if check is not None:
+                    line = {"stage": stage.name, "step": step, "held-out": check(state[0])}
+                    log.write(json.dumps(line) + "\n")
+                    log.flush()
     return state[0]
 
 

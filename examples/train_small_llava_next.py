@@ -23,12 +23,14 @@ import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
 from train_small_llava import (
+    KINDS,
     PROMPT_BEFORE_IMAGE,
     Stage,
     answer_logits,
     answer_loss,
     ask_all,
     some_patches,
+    stacked,
     train_stage,
 )
 
@@ -90,25 +92,18 @@ def make_batch(
 
     Returns:
         pixels float32 `[B * 5, 96, 96, 3]`; shown bool `[B, 744]`, the visual tokens that show
-        an object; token_ids and targets as in `train_small_llava`.
+        an object; and the questions as in `train_small_llava`.
     """
-    images, shown, token_ids, targets = [], [], [], []
+    images, rows = [], []
     grid = model.config.vision_config.grid_size
     for row in range(size):
         rng = scenes.random_generator("train", seed, step * size + row)
         scene = scenes.sample_scene(rng)
         images.append(scenes.draw(scene, SIDE, shrink=SHRINK))
         lines = np.pad(objects(scene, 2 * grid), ((0, 0), (0, 1)))  # newlines show nothing
-        shown.append(np.concatenate([objects(scene, grid).ravel(), lines.ravel()]))
-        asked = ask_all(tokenizer, scene, more, rng)
-        token_ids.append(asked[0])
-        targets.append(asked[1])
-    return {
-        "pixels": pixel_values(model.processor, images, model.config),
-        "shown": np.stack(shown),
-        "token_ids": np.stack(token_ids),
-        "targets": np.stack(targets),
-    }
+        shown = np.concatenate([objects(scene, grid).ravel(), lines.ravel()])
+        rows.append({"shown": shown, **ask_all(tokenizer, scene, more, rng)})
+    return {"pixels": pixel_values(model.processor, images, model.config), **stacked(rows)}
 
 
 def loss_function(
@@ -126,7 +121,7 @@ def loss_function(
         places = some_patches(batch, batch["shown"], stage.patches)
         visual = jnp.take_along_axis(visual, places[..., None], axis=1)
     logits = answer_logits(params, config, visual, places, batch, before, len(slots))
-    loss, right = answer_loss(logits, batch)
+    loss, right = answer_loss(logits, batch, KINDS)
     return loss, {"answer": loss, **right}
 
 

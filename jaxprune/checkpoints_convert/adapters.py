@@ -23,7 +23,8 @@ from jaxprune.models.registry import table_of
 from jaxprune.models.weights import Rule
 
 CONFIG, NON_LORA = "adapter_config.json", "non_lora_trainables.bin"
-_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+SAFETENSORS, BIN = "adapter_model.safetensors", "adapter_model.bin"
+_WEIGHTS = (SAFETENSORS, BIN)
 _PREFIX = re.compile(r"\Abase_model\.(?:model\.)?")  # of PEFT's wrappers
 _FACTOR = re.compile(r"\.lora_(embedding_)?([AB])(?:\.default)?(?:\.weight)?\Z")
 _OTHERS = ("lora_magnitude_vector", "lora_B.bias", "token_adapter", "prompt_embeddings")
