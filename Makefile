@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-all test-without-torch test-tpu lint types wheel clean
+.PHONY: help demo test test-slow test-all test-without-torch test-tpu test-cuda eval-check lint types wheel clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -54,6 +54,24 @@ test-tpu:  ## what the TPU's own compiler makes of the programs; no TPU is neede
 	@$(VENV)-tpu/bin/python -m pip install -q -e '.[test,tpu-compile]'
 	JAX_PLATFORMS=cpu JAXPRUNE_TEST_OPTIMISED=1 $(VENV)-tpu/bin/python -m pytest tests/compilers/test_tpu.py
 
+test-cuda:  ## the same of CUDA's compiler; no GPU is needed, half a gigabyte of wheels is
+	@test -x $(VENV)-cuda/bin/python || $(PYTHON) -m venv $(VENV)-cuda
+	@$(VENV)-cuda/bin/python -m pip install -q -e '.[test]'
+	@version=$$($(VENV)-cuda/bin/python -c 'import jax; print(jax.__version__)') && \
+		$(VENV)-cuda/bin/python -m pip install -q --no-deps jax-cuda12-plugin==$$version jax-cuda12-pjrt==$$version
+	JAX_PLATFORMS=cpu JAXPRUNE_TEST_OPTIMISED=1 $(VENV)-cuda/bin/python -m pytest tests/compilers/test_cuda.py
+
+# What lmms-eval 0.7.3 needs for tasks that generate; its own list has half a gigabyte more. No
+# torchvision; filelock before 4, which no longer has the module _api that lmms-eval imports.
+LMMS_EVAL := torch==2.13.0 'filelock<4' transformers datasets accelerate evaluate sacrebleu scikit-learn \
+	numexpr loguru tenacity pytablewriter jsonlines nltk pydantic pyyaml python-dotenv zstandard sympy
+
+eval-check:  ## lmms-eval's command line and scorers against ours, in .venv-eval; 2.3 GB
+	@test -x $(VENV)-eval/bin/python || $(PYTHON) -m venv $(VENV)-eval
+	@$(VENV)-eval/bin/python -m pip install -q $(LMMS_EVAL) -e . pytest hypothesis beartype
+	@$(VENV)-eval/bin/python -m pip install -q --no-deps lmms-eval==0.7.3
+	JAX_PLATFORMS=cpu $(VENV)-eval/bin/python -m pytest tests/evaluate/test_lmms_eval.py
+
 lint: $(VENV)/.dev  ## ruff
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -66,4 +84,4 @@ wheel: $(VENV)/.dev  ## build the wheel and try it from another directory, witho
 	PYTHON="$(PYTHON)" sh tests/smoke_wheel.sh $(BIN)/python
 
 clean:  ## remove the environment and everything built
-	rm -rf $(VENV) $(VENV)-without-torch $(VENV)-tpu build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-without-torch $(VENV)-tpu $(VENV)-cuda $(VENV)-eval build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -67,7 +67,7 @@ def measure(params: Any, images: list, questions: list, **method: Any) -> dict[s
     """Accuracy by kind; visual tokens that enter the decoder, and a layer; FLOPs saved."""
     answers = ask(params, images, questions, **method)
     kinds = by_kind(questions, [answer.text for answer in answers])
-    layers = [np.mean([row.visual_in for row in answer.cost.layers]) for answer in answers]
+    layers = [answer.cost.visual_per_layer for answer in answers]
     return {
         **kinds,
         "mean": float(np.mean(list(kinds.values()))),

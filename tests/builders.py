@@ -6,7 +6,7 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
@@ -19,7 +19,9 @@ from jaxprune.engine.session import begin
 from jaxprune.generate import plan_of
 from jaxprune.inputs.request import make_request
 from jaxprune.models import internvl, llava, llava_hr, llava_next, video_llava
-from jaxprune.models.clip import ClipVisionConfig
+from jaxprune.models.clip import ClipTextConfig, ClipVisionConfig
+from jaxprune.models.clip.modeling import text_tower_shapes
+from jaxprune.models.clip.weights import CLIP_TEXT
 from jaxprune.models.convnext import ConvNextConfig
 from jaxprune.models.family import Embedded
 from jaxprune.models.internvit import InternVitConfig
@@ -109,6 +111,11 @@ def tiny_video_config(*, temporal=False, text=None, **fields):
 
 def random_params(config, seed=0):
     """Random parameters with biases and norms off their usual zeros and ones."""
+    return random_tree(family_of(config).param_shapes(config), seed)
+
+
+def random_tree(shapes, seed=0):
+    """Random parameters of such shapes."""
     # NumPy's: to draw them in JAX takes seconds of compilation for every file of tests.
     rng = np.random.default_rng(seed)
 
@@ -120,7 +127,37 @@ def random_params(config, seed=0):
             noise = 0.05 * noise + (path[-1].key == "scale")
         return jnp.asarray(noise, leaf.dtype)
 
-    return jax.tree.map_with_path(draw, family_of(config).param_shapes(config))
+    return jax.tree.map_with_path(draw, shapes)
+
+
+def trained_arrays(params, rank=4, seed=0):
+    """Random adapters of every matrix of the decoder's layers, and a projector that moved."""
+    rng = np.random.default_rng(seed)
+
+    def draw(*shape):
+        return 0.1 * rng.normal(size=shape).astype(np.float32)
+
+    decoder = flatten_dict(params["language_model"], sep="/")
+    kernels = {p: x.shape for p, x in decoder.items() if p[:7] == "layers_" and p[-6:] == "kernel"}
+    factors = {
+        path.removesuffix("/kernel"): {"a": draw(inputs, rank), "b": draw(rank, outputs)}
+        for path, (inputs, outputs) in kernels.items()
+    }
+    moved = jax.tree.map(lambda x: np.asarray(x) + draw(*x.shape), params["multi_modal_projector"])
+    return {"lora": factors, "multi_modal_projector": moved}
+
+
+def merged_arrays(params, trained, *, alpha):
+    """A model's arrays with adapters in them, by their definition: W + alpha / r * A B."""
+    flat = {p: np.asarray(x) for p, x in flatten_dict(params.arrays, sep="/").items()}
+    for path, x in flatten_dict(trained.get("multi_modal_projector", {}), sep="/").items():
+        flat[f"multi_modal_projector/{path}"] = x
+    for path, own in trained["lora"].items():
+        product = own["a"].astype(np.float64) @ own["b"] * alpha / len(own["b"])
+        flat[f"language_model/{path}/kernel"] = (
+            flat[f"language_model/{path}/kernel"] + product
+        ).astype(np.float32)
+    return jax.tree.map(jnp.asarray, unflatten_dict(flat, sep="/"))
 
 
 def write_directory(directory, config, seed=0):
@@ -189,6 +226,56 @@ def llama_tokenizer(prefix="first"):
     tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
     tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
     return tokenizer
+
+
+def write_clip(directory, *, tokens=258, **fields):
+    """A CLIP of which the text tower is whole: random weights, and a token a byte.
+
+    Its texts are read in parts of 8 tokens; it belongs to a vision tower of 32 channels.
+    """
+    config = ClipTextConfig(
+        **{
+            "hidden_size": 24,
+            "intermediate_size": 40,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 8,
+            "vocab_size": 258,
+            "projection_dim": 20,
+            "vision_width": 32,
+            "eos_token_id": 257,
+            **fields,
+        }
+    )
+    weights = {}
+    for path, array in flatten_dict(random_tree(text_tower_shapes(config)), sep="/").items():
+        rule = CLIP_TEXT.rule_of_path(path)
+        weights[rule.key] = np.ascontiguousarray(rule.export([np.asarray(array)], config))
+    weights["logit_scale"] = np.ones((), np.float32)
+    directory.mkdir(parents=True)
+    save_file(weights, directory / "model.safetensors")
+    own = dataclasses.asdict(config)
+    vision = {"hidden_size": own.pop("vision_width")}
+    top = {"model_type": "clip", "projection_dim": own["projection_dim"]}
+    (directory / "config.json").write_text(
+        json.dumps({**top, "text_config": own, "vision_config": vision})
+    )
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = [*alphabet, *(f"<more {i}>" for i in range(tokens - 258))]
+    tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    ends = ["<|startoftext|>", "<|endoftext|>"]
+    tokenizer.add_special_tokens(ends)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        f"{ends[0]} $A {ends[1]}",
+        special_tokens=[(end, tokenizer.token_to_id(end)) for end in ends],
+    )
+    tokenizer.save(str(directory / "tokenizer.json"))
+    named = {"bos_token": ends[0], "eos_token": ends[1], "unk_token": ends[1]}
+    (directory / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **named})
+    )
+    return directory
 
 
 # What the original format says of LLaVA-NeXT; its tilings are (width, height).

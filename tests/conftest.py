@@ -1,5 +1,6 @@
 """Fixtures; and what has to be set before JAX and the package are imported."""
 
+import gc
 import importlib.metadata
 import os
 import pathlib
@@ -18,6 +19,7 @@ jaxtyping.install_import_hook(CHECKED, f"{typecheck.__name__}.functions")
 # quickly, and those that several files need are shared on disk.
 if "JAXPRUNE_TEST_OPTIMISED" not in os.environ:
     flags = "--xla_backend_optimization_level=0"
+    flags += " --xla_cpu_parallel_codegen_split_count=1"  # programs too small to be split
     if importlib.metadata.version("jaxlib") < "0.11":  # later ones do not know it
         flags += " --xla_cpu_use_fusion_emitters=false"  # a fifth of the time to compile
     os.environ.setdefault("XLA_FLAGS", flags)
@@ -34,6 +36,11 @@ import pytest
 import jaxprune
 from jaxprune.data import scenes
 from tests import builders
+
+# What the imports made stays: to look through it at every collection took a fifteenth of the time.
+gc.collect()
+gc.freeze()
+gc.set_threshold(20_000, 20, 50)
 
 # The same examples in every run: what fails once fails again.
 hypothesis.settings.register_profile("repeatable", derandomize=True)

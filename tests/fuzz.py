@@ -31,6 +31,11 @@ import jaxprune
 from jaxprune.calibrate import Sample, calibrate
 from jaxprune.data.samples import read_samples
 from jaxprune.engine.cost import estimate
+from jaxprune.evaluate import Item
+from jaxprune.evaluate.scoring import SCORINGS
+from jaxprune.train.data import read_data
+from jaxprune.train.rows import Rows
+from jaxprune.train.settings import Settings
 from tests import builders
 from tests.cases import FEW, METHODS, picture
 
@@ -185,6 +190,9 @@ class Fuzzer:
             self.families.append(folder / name)
         self.families.append(builders.write_published_internvl(folder / "published"))
         self.seeing = jaxprune.load(folder / "temporal")
+        self.items = [Item(str(folder / "a.png"), "What?", ["a"], kind=kind) for kind in "ab"]
+        self.answers = folder / "answers.jsonl"
+        self._evaluated(self.items, out=self.answers)
 
     def kinds(self):
         return {
@@ -335,6 +343,69 @@ class Fuzzer:
                  for _ in range(2)]  # fmt: skip
         path.write_text("\n".join(lines), errors="replace")
         read_samples(path)
+
+    def of_conversations(self, odd):
+        path = self.folder / "odd.json"
+        said = [{"from": "human", "value": "<image>\na"}, {"from": "gpt", "value": "b"}]
+        whole = {"id": 1, "image": "a.png", "conversations": said}
+        turns = [odd.changed(odd.random.choice(said)) for _ in range(odd.random.randrange(4))]
+        samples = [odd.random.choice([whole, {**whole, "conversations": said + turns},
+                                      odd.changed(whole), odd.plain()])
+                   for _ in range(odd.random.randrange(1, 4))]  # fmt: skip
+        text = json.dumps(samples) if odd.random.random() < 0.5 else "\n".join(
+            map(json.dumps, samples))  # fmt: skip
+        content = text.encode()
+        path.write_bytes(odd.damaged(content) if odd.random.random() < 0.2 else content)
+        skip = odd.random.random() < 0.5
+        run = Settings(micro_batch=2, batch_size=2)
+        rows = Rows(self.model, read_data(path, skip=skip), run, buckets=FEW, skip=skip)
+        next(rows.batches(ahead=0))
+
+    def _evaluated(self, data, **fields):
+        asked = {"methods": "uniform:keep=4", "max_new_tokens": 1, **fields}
+        found = jaxprune.evaluate(self.model, data, show_progress=False, **asked)
+        json.dumps(found.as_dict(), allow_nan=False)
+
+    def of_questions(self, odd):
+        path, r = self.folder / "odd questions.jsonl", odd.random
+        line = {"image": "a.png", "question": "b", "answer": r.choice(["yes", "a", "B"])}
+        more = [("choices", ["a", "b"]), ("pair", 1), ("kind", "d"), ("scoring", "exact")]
+        line |= dict(r.sample(more, r.randrange(3)))
+        other = r.choice([json.dumps(line), json.dumps(odd.changed(line)), odd.text()])
+        path.write_text(f"{json.dumps(line)}\n{other}", errors="replace")
+        self._evaluated(path, scoring=r.choice([None, None, *SCORINGS]))
+
+    def of_items(self, odd):
+        usual = {"image": picture(0), "question": "What?", "answers": ["a"]}
+        names = ["image", "question", "answers", "kind", "choices", "scoring", "pair"]
+        own = {name: odd.value() for name in odd.random.sample(names, odd.random.randrange(3))}
+        image = {"image": odd.image()} if odd.random.random() < 0.3 else {}
+        out = odd.random.choice([None, self.folder / "odd out.jsonl"])
+        self._evaluated([self.items[0], Item(**{**usual, **image, **own})], out=out)
+
+    def of_evaluations(self, odd):
+        names = ["data", "methods", "scoring", "max_new_tokens", "batch_size", "samples", "out"]
+        fields = {name: odd.value() for name in odd.random.sample(names, odd.random.randrange(3))}
+        name = odd.random.choice(list(METHODS))
+        options = {"method": name, **METHODS[name]}
+        if odd.random.random() < 0.3:
+            options[odd.random.choice(["keep", "layer", "budget", odd.text()])] = odd.value()
+        fields = {"methods": options, **fields}
+        data = fields.pop("data", None)
+        self._evaluated(self.items if data is None else data, **fields)
+
+    def of_answers(self, odd):
+        path = self.folder / "odd answers.jsonl"
+        content = self.answers.read_bytes()
+        if odd.random.random() < 0.5:
+            content = odd.damaged(content)
+        else:
+            lines = content.decode().splitlines()
+            place = odd.random.randrange(len(lines))
+            lines[place] = json.dumps(odd.changed(json.loads(lines[place])))
+            content = "".join(f"{line}\n" for line in lines).encode()
+        path.write_bytes(content)
+        self._evaluated(self.items, out=path)
 
     def of_settings(self, odd):
         names = ["method", "save", "keep_rate", "tolerance", "metric", "search", "evaluations",

@@ -9,6 +9,7 @@ import pytest
 import jaxprune
 from jaxprune import checkpoints_convert
 from jaxprune.calibrate import Sample
+from jaxprune.engine.answer import answers_of
 from jaxprune.engine.cost import estimate
 from jaxprune.reports import bench
 from jaxprune.reports.kept_patches import kept_over_depth
@@ -65,8 +66,27 @@ def model(request, tmp_path_factory):
     return jaxprune.load(directory)
 
 
+# The papers' methods are seen on every family, the field's on those that they are published for
+# and on the others in turn.
+PUBLISHED_FOR = ("llava", "llava_next", "internvl")
+FIELDS = (
+    "fastervlm divprune visionzip mmtok cdpruner holov scope vispruner hiprune evs vidcom2 "
+    "dart feather sparsevlm v2drop"
+)
+SEEN = [
+    (family, name)
+    for i, name in enumerate(METHODS)
+    for j, family in enumerate(FAMILIES)
+    if METHODS[name].get("method", name) not in FIELDS.split()
+    or family in PUBLISHED_FOR
+    or (i - j) % 5 in (0, 2)
+]
 # A method of each side and a pair; the rest of the matrix is among the longer checks.
-@pytest.mark.parametrize("name", cases.mostly_slow(METHODS, ["prumerge", "fitprune", "pair"]))
+QUICK = [pair for pair in SEEN if pair[1] == "prumerge"]
+QUICK += [("internvl", "fitprune"), ("llava_next", "pair")]
+
+
+@pytest.mark.parametrize("model, name", cases.mostly_slow(SEEN, QUICK), indirect=["model"])
 def test_a_row_is_the_same_alone_and_in_a_batch(name, model):
     images = pictures_of(model, [SIZES[4], *random_sizes(name, 4)])
     prompts = ["What?", "Where is the red circle, and why?", "a b c", "Is there a star?", "Hm"]
@@ -77,20 +97,52 @@ def test_a_row_is_the_same_alone_and_in_a_batch(name, model):
         chex.assert_trees_all_close(batch.first_logits[i], alone.first_logits[0], atol=1e-4)
 
 
-@pytest.mark.parametrize("which", cases.mostly_slow([0, 1], [0]))
+EVERYTHING = {
+    "uniform": lambda number, tile: {"keep": number},
+    "gsearch": lambda number, tile: {"keep_rates": (1.0, 1.0, 1.0)},
+    "random": lambda number, tile: {"keep": number},
+    "fitprune": lambda number, tile: {"deletions": (0, 0, 0), "num_tokens": 80},
+    "fastervlm": lambda number, tile: {"keep": number},
+    "divprune": lambda number, tile: {"keep": number},
+    "scope": lambda number, tile: {"keep": number},
+    "vispruner": lambda number, tile: {"keep": number},
+    "hiprune": lambda number, tile: {"keep": number, "layer": 1},
+    "cdpruner": lambda number, tile: {"keep": number, "relevance": "embeddings"},
+    "mmtok": lambda number, tile: {"keep": number},
+    "holov": lambda number, tile: {"keep": number, "num_crops": 4},
+    "visionzip": lambda number, tile: {"dominant": tile, "contextual": 0, "cls": False},
+    "evs": lambda number, tile: {"keep_rate": 1.0},
+    "vidcom2": lambda number, tile: {"keep_rate": 1.0},
+    "fastv": lambda number, tile: {"keep_rate": 1.0, "layer": 1},
+    "pyramiddrop": lambda number, tile: {"keep_rate": 1.0, "stages": 3},
+    "v2drop": lambda number, tile: {"keep_rates": (1.0, 1.0), "cut_layers": (1, 2)},
+    "feather": lambda number, tile: {"keep_rates": (1.0, 1.0), "cut_layers": (1, 2)},
+    "sparsevlm": lambda number, tile: {"keep_tokens": (576, 576), "cut_layers": (1, 2)},
+}
+"""Options under which a method drops nothing, of so many patches in all and in a tile.
+
+Who always drops something is left out, and so is who merges; `dart` drops up to seven tokens.
+"""
+NOTHING_GOES = [
+    *((family, name, 0) for family in FAMILIES for name in ("uniform", "gsearch")),
+    *((family, name, 1) for family in FAMILIES for name in ("uniform", "gsearch")),
+    *((family, name, which) for family in FAMILIES for name in ("random", "fitprune")
+      for which in (0, 1)),
+    *((family, name, 0) for family in PUBLISHED_FOR for name in list(EVERYTHING)[4:]),
+    *(("video_llava", name, 0) for name in ("evs", "vidcom2")),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    "name", cases.mostly_slow(["random", "uniform", "fitprune", "gsearch"], ["uniform", "gsearch"])
+    "model, name, which",
+    cases.mostly_slow(NOTHING_GOES, NOTHING_GOES[: 2 * len(FAMILIES)]),
+    indirect=["model"],
 )
 def test_keeping_everything_is_no_pruning(name, which, model):
     image = pictures_of(model, random_sizes(f"{name} everything", 2))[which]
     plain = start(model, image, "What is it?", buckets=FEW)
     number = sum(tiling.num_patches for tiling in plain.tilings)
-    everything = {
-        "random": {"keep": number},
-        "uniform": {"keep": number},
-        "fitprune": {"deletions": (0, 0, 0), "num_tokens": 80},
-        "gsearch": {"keep_rates": (1.0, 1.0, 1.0)},
-    }[name]
+    everything = EVERYTHING[name](number, model.config.tower.tokens_per_tile)
     pruned = start(model, image, "What is it?", method=name, buckets=FEW, **everything)
     assert (pruned.seen.room.counts == plain.seen.room.counts).all()
     chex.assert_trees_all_close(pruned.first_logits, plain.first_logits, atol=1e-5)
@@ -108,7 +160,39 @@ def test_a_stream_joins_to_the_answer(name, model):
     assert streamed.strip() == details.text
 
 
-@pytest.mark.parametrize("name", cases.mostly_slow(["fitprune", "pair"], ["fitprune"]))
+TILES = [(family, budget) for family in PUBLISHED_FOR for budget in ("tile", "image")]
+
+
+@pytest.mark.parametrize(
+    "model, budget", cases.mostly_slow(TILES, [("internvl", "tile")]), indirect=["model"]
+)
+def test_a_number_of_every_tile_or_of_all(budget, model):
+    images = pictures_of(model, [(90, 40), (60, 60)])
+    run = start(model, images, ["What?"] * 2, method="fastervlm", keep=4, budget=budget)
+    patches = model.config.tower.tokens_per_tile
+    for answer, tiling in zip(answers_of(run), run.tilings, strict=True):
+        kept = answer.kept_indices[0]
+        tile, left = np.unique(kept[kept >= 0] // patches, return_counts=True)
+        own = np.bincount(tiling.slots[tiling.slots >= 0] // patches)
+        if budget == "tile":
+            assert left.tolist() == np.minimum(own[tile], 4).tolist() and len(tile) == tiling.tiles
+        else:
+            assert left.sum() == 4
+
+
+SHORTENING = [
+    *((family, "fitprune") for family in FAMILIES),
+    *((family, "pair") for family in FAMILIES),
+    *((family, name) for family in PUBLISHED_FOR
+      for name in ("iti", "psigmoid", "pyramiddrop", "vtw", "v2drop", "dart", "feather",
+                   "sparsevlm", "sparsevlm, renumbered", "sparsevlm plus",
+                   "gsearch, without positions")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "model, name", cases.mostly_slow(SHORTENING, SHORTENING[: len(FAMILIES)]), indirect=["model"]
+)
 def test_gather_equals_mask(name, model):
     images = pictures_of(model, random_sizes(f"{name} gather", 4))
     gather, mask = (

@@ -6,6 +6,7 @@ import pytest
 
 import jaxprune
 from jaxprune.inputs.prompts import as_messages, render
+from jaxprune.methods.counted import Counted
 from jaxprune.models.registry import family_of
 from tests import builders
 from tests.builders import start
@@ -18,7 +19,7 @@ def five():
     return [picture(i) for i in range(5)], prompts
 
 
-QUICK = ["none", "prumerge", "prumerge, original positions", "fitprune", "iti", "adaptive pair"]
+QUICK = ["prumerge", "fitprune", "adaptive pair"]
 
 
 @pytest.mark.parametrize("name", mostly_slow(METHODS, QUICK))
@@ -42,14 +43,21 @@ def test_a_row_is_the_same_alone_in_a_batch_and_in_another_order(name, tiny_mode
         chex.assert_trees_all_close(batch.first_logits, masked.first_logits, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["random", "uniform"])
+COUNTED = [name for name in METHODS if issubclass(jaxprune.METHODS.get(name, type), Counted)]
+
+
+@pytest.mark.parametrize("name", mostly_slow(COUNTED, ["uniform", "divprune"]))
 def test_keeping_everything_is_no_pruning(name, tiny_model):
-    kept = start(tiny_model, picture(1), "What?", method=name, keep=16)
+    kept = start(tiny_model, picture(1), "What?", **{**options_of(name), "keep": 16})
     full = start(tiny_model, picture(1), "What?")
     chex.assert_trees_all_close(kept.first_logits, full.first_logits, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", METHODS)
+# Others leave the same caches behind as some of these.
+CACHES = [*QUICK, "gsearch, renumbered", "vtw", "visionzip", "sparsevlm, renumbered", "pair"]
+
+
+@pytest.mark.parametrize("name", mostly_slow(METHODS, CACHES))
 def test_decoding_continues_what_prefill_would_give(name, tiny_model):
     """The logits behind n generated tokens equal those of a prompt that holds them."""
     options = {"buckets": FEW, **options_of(name)}
@@ -338,7 +346,15 @@ MISTAKES = [
     ({"image": np.zeros((4, 4, 7), np.uint8)}, r"\[4, 4, 7\]"),
     ({"method": "prumrge"}, "Did you mean 'prumerge'"),
     ({"method": "prumerge", "keep": 0}, "keep is 0"),
-    ({"method": "prumerge", "keep": 17}, "keep is 17, but an image of this request has 16"),
+    ({"method": "visionzip", "keep": 18}, "to keep 18 tokens of .* has 17; that is the most"),
+    ({"method": "dart", "layer": 3}, "layer is 3, but the decoder has 3 layers, 0 to 2"),
+    ({"method": "v2drop", "budget": 64}, "cut_layers is 3, but the decoder has 3 layers, 0 to 2"),
+    ({"method": "hiprune", "keep": 5}, "asks for .*received_attention.* has 3 layers"),
+    ({"method": "scope", "keep": 5, "budget": "all"}, "budget is 'all'; expected one of: image, t"),
+    (
+        {"method": "prumerge", "keep": 17},
+        "keep is 17, but an image of this request has 16 patches; that is the most",
+    ),
     ({"method": "uniform", "keep": 17}, "has 16 patches"),
     ({"max_new_tokens": 0}, "max_new_tokens is 0"),
     ({"max_new_tokens": 2.5}, "max_new_tokens is 2.5"),

@@ -6,8 +6,9 @@ import pathlib
 ROOT = pathlib.Path(__file__).parent.parent / "jaxprune"
 # A room may import itself and those after it.
 ORDER = [
-    "cli", "reports", "generate", "calibrate", "data", "engine", "model", "checkpoints_convert",
-    "inputs", "models", "methods", "devices", "ops", "files", "progress", "errors", "version",
+    "cli", "train", "reports", "evaluate", "generate", "calibrate", "data", "engine", "model",
+    "checkpoints_convert", "inputs", "models", "methods", "devices", "ops", "files",
+    "progress", "errors", "version",
 ]  # fmt: skip
 
 
@@ -55,7 +56,7 @@ def test_flax_stays_in_the_models_and_methods_know_none():
         if room in ("ops", "methods", "inputs", "devices", "engine"):
             assert not [name for name in names if name.startswith("flax")], path
         if any(name.startswith("flax.linen") for name in names):
-            assert path.name == "modeling.py", path
+            assert path.name in ("modeling.py", "lora.py"), path  # or what acts around modules
         if room == "methods":
             assert not [name for name in names if name.startswith("jaxprune.models")], path
 

@@ -32,7 +32,10 @@ def without_code(text):
     return re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
 
 
-LONG = ("buckets", "calibrating", "extending", "forward", "methods", "prompts")
+LONG = (
+    "buckets", "calibrating", "evaluating", "extending", "fine_tuning", "forward", "methods",
+    "prompts",
+)  # fmt: skip
 RUNNING = [
     pytest.param(path, marks=pytest.mark.slow if path.stem in LONG else [], id=name_of(path))
     for path in (README, *PAGES)

@@ -6,7 +6,6 @@ search.py     G-Search, P-Sigmoid, iti's c: functions of a score, without any mo
 """
 
 import dataclasses
-import hashlib
 import pathlib
 import time
 from collections.abc import Sequence
@@ -28,7 +27,7 @@ from jaxprune.methods.gsearch import check_queries
 from jaxprune.methods.iti import tail_start
 from jaxprune.methods.recipes import Recipe
 from jaxprune.methods.resolve import described_cut
-from jaxprune.model import Params
+from jaxprune.model import Params, digest, weights_digest
 from jaxprune.models.registry import depth_of, fingerprint
 from jaxprune.ops.ranking import descending_order, ranks
 from jaxprune.ops.visual import CLS_ATTENTION
@@ -159,8 +158,8 @@ def calibrate(
     identity = {
         "settings": dataclasses.asdict(chosen),
         "model": fingerprint(params.config),
-        "weights": _digest(*map(np.asarray, jax.tree.leaves(_some_of(params.arrays)))),
-        "samples": _digest(
+        "weights": weights_digest(params),
+        "samples": digest(
             *(x for batch in data.batches for x in _contents(batch)),
         ),
     }
@@ -196,18 +195,6 @@ def calibrate(
     )
 
 
-@jax.jit
-def _some_of(params: dict[str, Any]) -> dict[str, Any]:
-    """A few thousand numbers of every parameter, from all over it."""
-
-    def some(x: jax.Array) -> jax.Array:
-        steps = (max(1, size // 32) for size in x.shape)
-        return x[tuple(slice(None, None, step) for step in steps)].astype(jnp.float32)
-
-    found: dict[str, Any] = jax.tree.map(some, params)
-    return found
-
-
 def _contents(batch: Batch) -> tuple[np.ndarray, ...]:
     """What samples are made of: images, answers, questions."""
     embedded, selection = batch.prompt.layout.embedded, batch.seen.selection
@@ -215,13 +202,6 @@ def _contents(batch: Batch) -> tuple[np.ndarray, ...]:
     tokens = np.asarray(selection.tokens)[: batch.rows]
     answers = batch.answers[: batch.rows]
     return tokens, answers, np.asarray(embedded.token_ids), np.asarray(embedded.kind)
-
-
-def _digest(*arrays: np.ndarray) -> str:
-    found = hashlib.sha256()
-    for array in arrays:
-        found.update(np.ascontiguousarray(array).tobytes())
-    return found.hexdigest()[:12]
 
 
 def _fit_fitprune(

@@ -1,4 +1,4 @@
-"""The command line: `jaxprune generate`, `show`, `cost`, `bench`, `compile` and the others below.
+"""The command line: `jaxprune generate`, `show`, `cost`, `bench`, `evaluate` and the others below.
 
     options.py    options that several commands share, and what is read from their text
     output.py     stdout, stderr and new files
@@ -24,12 +24,14 @@ from jaxprune.cli.calibrate import calibrate
 from jaxprune.cli.compile import compile
 from jaxprune.cli.convert import convert
 from jaxprune.cli.cost import cost
+from jaxprune.cli.evaluate import evaluate
 from jaxprune.cli.generate import generate
 from jaxprune.cli.interrupt import ending_at_once
 from jaxprune.cli.methods import methods
 from jaxprune.cli.options import NO_VALUE
 from jaxprune.cli.output import note, stderr
 from jaxprune.cli.show import show
+from jaxprune.cli.train import train
 from jaxprune.errors import UserError, UserNote
 from jaxprune.version import __version__
 
@@ -64,7 +66,8 @@ def _all(
     del version
 
 
-for _command in (generate, show, cost, bench, compile, calibrate, methods, convert):
+_COMMANDS = (generate, show, cost, bench, evaluate, compile, calibrate, train, methods, convert)
+for _command in _COMMANDS:
     app.command()(_command)
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.markup import escape
@@ -12,34 +12,27 @@ from rich.table import Column, Table
 
 import jaxprune
 from jaxprune.cli.options import (
+    COMPARED,
     AdapterOption,
     DownloadOption,
     DtypeOption,
     JsonOption,
+    MethodsOption,
     ModelOption,
+    TextTowerOption,
     TowerOption,
-    method_options,
-    parse_method,
 )
 from jaxprune.cli.output import print_wide
 from jaxprune.errors import check_whole
 from jaxprune.inputs.images import picture_of
 from jaxprune.methods.resolve import check_names
+from jaxprune.methods.written import one_by_one, with_options
 from jaxprune.reports import bench as measure
 from jaxprune.reports.bench import Measured
 
-_BENCHED = ("none", "prumerge", "prumerge_plus", "vtw")
-
 
 def bench(
-    method: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="A method, with its options after a colon and semicolons between them, e.g. "
-            "prumerge_plus:keep=64;order=raster; repeat it to compare several. The first is what "
-            "the others are compared with."
-        ),
-    ] = None,
+    method: MethodsOption = None,
     image: Annotated[
         pathlib.Path | None, typer.Option(help="An image file; without it, a drawn scene.")
     ] = None,
@@ -49,6 +42,7 @@ def bench(
     rounds: Annotated[int, typer.Option(help="After one that compiles.")] = 5,
     model: ModelOption = None,
     vision_tower: TowerOption = None,
+    text_tower: TextTowerOption = None,
     adapter: AdapterOption = None,
     dtype: DtypeOption = "auto",
     download: DownloadOption = False,
@@ -58,12 +52,17 @@ def bench(
     check_whole("--batch", batch)
     check_whole("--new-tokens", new_tokens, least=2)
     check_whole("--rounds", rounds)
-    chosen = [(text, _method_with_options(text)) for text in method or _BENCHED]
+    chosen = [(text, with_options(text)) for text in one_by_one(method or COMPARED)]
     for _, options in chosen:
         check_names(**options)
     images = [picture_of(image or jaxprune.DEMO_IMAGE)] * batch
     params = jaxprune.load(
-        model, dtype=dtype, vision_tower=vision_tower, adapter=adapter, download=download
+        model,
+        dtype=dtype,
+        vision_tower=vision_tower,
+        text_tower=text_tower,
+        adapter=adapter,
+        download=download,
     )
     rows, ceilings = measure.bench(
         params, images, prompt, chosen, new_tokens=new_tokens, rounds=rounds
@@ -75,15 +74,6 @@ def bench(
     else:
         print_wide(_table(rows))
         print(_caption(ceilings, machine))
-
-
-def _method_with_options(text: str) -> dict[str, Any]:
-    """Arguments of `jaxprune.generate`, from "method:name=value;name=value"."""
-    name, _, options = text.partition(":")
-    return {
-        "method": parse_method(name),
-        **method_options([option for option in options.split(";") if option]),
-    }
 
 
 def _table(rows: Sequence[Measured]) -> Table:

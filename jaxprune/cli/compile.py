@@ -17,12 +17,12 @@ from jaxprune.cli.options import (
     MethodOption,
     SaveOption,
     method_options,
-    parse_method,
     parse_size,
 )
 from jaxprune.cli.output import print_wide
 from jaxprune.engine.programs import Sizes
 from jaxprune.errors import UserError, check_choice, check_whole
+from jaxprune.methods.written import parse_method
 from jaxprune.ops.tiles import VisualSize
 from jaxprune.reports.compiled import Compiled, compiled, largest_batch, smallest_slice
 
@@ -53,7 +53,9 @@ def compile(
     fit: Annotated[
         str | None, typer.Option(help="batch: find the most rows; slice: the fewest chips.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="bfloat16, float32 or float16.")] = "bfloat16",
+    dtype: Annotated[
+        str, typer.Option(help="bfloat16, float32, float16 or int8 (weights).")
+    ] = "bfloat16",
     as_json: JsonOption = False,
 ) -> None:
     """Compile for a TPU or GPU, with neither at hand: what fits, what is copied, what bounds it."""

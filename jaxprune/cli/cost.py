@@ -15,10 +15,10 @@ from jaxprune.cli.options import (
     MethodOption,
     SaveOption,
     method_options,
-    parse_method,
     parse_size,
 )
 from jaxprune.engine.cost import FORMULA, Cost, estimate
+from jaxprune.methods.written import parse_method
 from jaxprune.model import read_config
 
 
@@ -79,8 +79,14 @@ def _table(found: Cost) -> Table:
         sizes = (f"{n / 1e9:.3f}" for n in (row.macs, row.visual_macs))
         counts = map(str, (row.layer, row.text_tokens, row.visual_in, row.visual_out))
         table.add_row(*counts, *sizes, f"{row.cache_bytes / 1e6:.3f}")
-    mean = sum(row.visual_in for row in found.layers) / len(found.layers)
     table.add_section()
     totals = (f"{n / 1e9:.1f}" for n in (found.macs, found.visual_macs))
-    table.add_row("all", "", f"mean {mean:.1f}", "", *totals, f"{found.cache_bytes / 1e6:.1f}")
+    table.add_row(
+        "all",
+        "",
+        f"mean {found.visual_per_layer:.1f}",
+        "",
+        *totals,
+        f"{found.cache_bytes / 1e6:.1f}",
+    )
     return table

@@ -1,5 +1,6 @@
 """`jaxprune generate`."""
 
+import functools
 import json
 import pathlib
 import sys
@@ -21,9 +22,9 @@ from jaxprune.cli.options import (
     MethodOption,
     ModelOption,
     SaveOption,
+    TextTowerOption,
     TowerOption,
     method_options,
-    parse_method,
 )
 from jaxprune.cli.output import note
 from jaxprune.engine.sampling import Ask
@@ -31,6 +32,7 @@ from jaxprune.errors import UserError
 from jaxprune.files import as_path
 from jaxprune.inputs.images import picture_of
 from jaxprune.methods.resolve import check_names
+from jaxprune.methods.written import parse_method
 
 
 def generate(
@@ -69,6 +71,7 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="A string that ends the answer.")] = None,
     raw: Annotated[bool, typer.Option("--raw", metavar=NO_VALUE, help="No chat template.")] = False,
     vision_tower: TowerOption = None,
+    text_tower: TextTowerOption = None,
     adapter: AdapterOption = None,
     dtype: DtypeOption = "auto",
     download: DownloadOption = False,
@@ -89,15 +92,21 @@ def generate(
     asked |= {"seed": seed, "chat": not raw, "return_details": True, **pruning}
     if prompt is not None and not prompt.strip():
         raise UserError("The prompt is empty; ask something about the image.")
+    load = functools.partial(
+        jaxprune.load,
+        model,
+        dtype=dtype,
+        vision_tower=vision_tower,
+        text_tower=text_tower,
+        adapter=adapter,
+        download=download,
+    )
     requests = _requests(prompt, [*(video or []), *(image or [])], images, data, out)
     if requests is None:
         assert prompt is not None
         own: list[Any] = [*map(jaxprune.Video, video or []), *map(picture_of, image or [])]
         pictures = [own] if own else None
-        params = jaxprune.load(
-            model, dtype=dtype, vision_tower=vision_tower, adapter=adapter, download=download
-        )
-        (answer,) = jaxprune.generate(params, pictures, [prompt], **asked)
+        (answer,) = jaxprune.generate(load(), pictures, [prompt], **asked)
         print(json.dumps({"method": method, **answer.as_dict()}) if as_json else answer.text)
         return
     done = 0
@@ -112,11 +121,8 @@ def generate(
     rest = requests[done:]
     if not rest:
         return
-    params = jaxprune.load(
-        model, dtype=dtype, vision_tower=vision_tower, adapter=adapter, download=download
-    )
     answers = jaxprune.generate_many(
-        params, rest, batch_size=batch_size, return_errors=True, **asked
+        load(), rest, batch_size=batch_size, return_errors=True, **asked
     )
     if out is None:
         failed = many.write(answers, rest, sys.stdout, details=as_json)

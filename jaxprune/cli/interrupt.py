@@ -12,6 +12,7 @@ from jaxprune.files import remove_unfinished
 
 INTERRUPTED = 130
 _advice: list[str] = []
+_patient = threading.Event()
 _SHOW_CURSOR = "\x1b[?25h"  # which a progress bar hides
 
 
@@ -52,10 +53,23 @@ def say_at_the_end(advice: str) -> None:
     _advice[:] = [advice]
 
 
+@contextlib.contextmanager
+def leaving_the_first_one() -> Iterator[None]:
+    """A context in which the first Ctrl-C is left to what handles signals there."""
+    _patient.set()
+    try:
+        yield
+    finally:
+        _patient.clear()
+
+
 def _watch(pipe: int) -> None:
     while number := os.read(pipe, 1):
-        if number[0] == signal.SIGINT:
+        if number[0] != signal.SIGINT:
+            continue
+        if not _patient.is_set():
             _end()
+        _patient.clear()
     os.close(pipe)
 
 

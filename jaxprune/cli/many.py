@@ -3,9 +3,10 @@
 import json
 import pathlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, TextIO
 
+from jaxprune.data.lines import image_paths, parse_lines, read_text, whole_lines
 from jaxprune.engine.answer import Answer
 from jaxprune.errors import UserError
 from jaxprune.files import as_path, parse_json
@@ -38,36 +39,29 @@ def from_file(name: str, prompt: str | None) -> list[dict[str, Any]]:
         prompt: of lines that have none.
 
     Raises:
-        UserError: for what cannot be read, or a line that is no request; it names the line.
+        UserError: for what cannot be read, or lines that are no requests; it names them.
     """
-    path = None if name == PIPE else as_path(name, "--data")
-    folder = pathlib.Path() if path is None else path.parent
-    try:
-        text = sys.stdin.read() if path is None else path.read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{name} cannot be read as text ({error}).") from None
-    lines = [(n, line) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
-    if not lines:
-        raise UserError(f"{name} has no requests; expected an object of JSON in each line.")
-    return [_request(f"{name}, line {n}", line, folder, prompt) for n, line in lines]
+    folder = pathlib.Path() if name == PIPE else as_path(name, "--data").parent
 
-
-def _request(where: str, line: str, folder: pathlib.Path, prompt: str | None) -> dict[str, Any]:
-    try:
-        fields = parse_json(line)
-    except ValueError as error:
-        raise UserError(f"{where} is not JSON ({error}).") from None
-    said = None
-    if isinstance(fields, dict):
+    def parse(where: str, fields: Mapping[str, Any]) -> dict[str, Any]:
         said = fields.get("prompt", fields.get("question", prompt))
-    if not isinstance(said, str):
-        raise UserError(f'{where} is no request; expected an object with the text "prompt".')
-    image = fields.get("image")
-    several = image if isinstance(image, list) else [] if image is None else [image]
-    if not all(isinstance(one, str) for one in several):
-        raise UserError(f"{where} has the image {image!r}; expected a path, or a list of them.")
-    paths = [one if one.startswith("data:") else str(folder / one) for one in several]
-    return {"image": paths if isinstance(image, list) else (paths or [None])[0], "prompt": said}
+        if not isinstance(said, str):
+            raise UserError(f'{where} is no request; expected an object with the text "prompt".')
+        image = fields.get("image")
+        paths = [] if image is None else image_paths(where, image, folder)
+        return {"image": paths if isinstance(image, list) else next(iter(paths), None),
+                "prompt": said}  # fmt: skip
+
+    return parse_lines(_text_of(name), name, "request", parse)
+
+
+def _text_of(name: str) -> str:
+    if name != PIPE:
+        return read_text(name, "--data")
+    try:
+        return sys.stdin.read()
+    except ValueError as error:
+        raise UserError(f"stdin cannot be read as text ({error}).") from None
 
 
 def done_already(out: pathlib.Path, requests: list[dict[str, Any]]) -> int:
@@ -82,8 +76,7 @@ def done_already(out: pathlib.Path, requests: list[dict[str, Any]]) -> int:
         content = out.read_bytes()
     except OSError as error:
         raise UserError(f"{out} cannot be read ({error}).") from None
-    whole, newline, rest = content.rpartition(b"\n")
-    lines = whole.decode("utf-8", "replace").split("\n") if newline else []
+    lines, rest = whole_lines(content)
     for number, line in enumerate(lines):
         try:
             fields = parse_json(line)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from jaxprune.errors import UserError
-from jaxprune.files import parse_json
+from jaxprune.methods.written import parse_option
 
 NO_VALUE = " "  # what --help shows beside a flag, instead of its type
 
@@ -19,6 +19,10 @@ ModelOption = Annotated[
 TowerOption = Annotated[
     pathlib.Path | None,
     typer.Option("--vision-tower", help="The CLIP tower's directory, for original-format models."),
+]
+TextTowerOption = Annotated[
+    pathlib.Path | None,
+    typer.Option("--text-tower", help="cdpruner: the CLIP's directory that has the text tower."),
 ]
 AdapterOption = Annotated[
     pathlib.Path | None,
@@ -32,11 +36,23 @@ DownloadOption = Annotated[
         help="Fetch a model owner/name that is not in the Hub's cache.",
     ),
 ]
-DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+DtypeOption = Annotated[
+    str, typer.Option(help="auto, float32, bfloat16, float16, or int8 (weights).")
+]
 MethodOption = Annotated[
     str,
     typer.Option(help="Pruning method, a recipe's path, or a pair with a comma between."),
 ]
+MethodsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--method",
+        help="A method, with its options after a colon and semicolons between them, e.g. "
+        "prumerge_plus:keep=64;order=raster; keep=64,32 is two. Repeat it to compare several; the "
+        "first is what the others are compared with.",
+    ),
+]
+COMPARED = ("none", "prumerge", "prumerge_plus", "vtw")  # where none is named
 KeepOption = Annotated[int | None, typer.Option(help="Visual tokens to keep of each image.")]
 SaveOption = Annotated[
     float | None, typer.Option(help="fitprune: share of the visual tokens' FLOPs to save.")
@@ -51,12 +67,6 @@ ExtraOption = Annotated[
 JsonOption = Annotated[
     bool, typer.Option("--json", metavar=NO_VALUE, help="Print one JSON object.")
 ]
-
-
-def parse_method(text: str) -> str | tuple[str, ...]:
-    """The text of --method: a name or path, or several with commas between."""
-    parts = tuple(part.strip() for part in text.split(","))
-    return parts[0] if len(parts) == 1 else parts
 
 
 def parse_size(text: str | None) -> tuple[int, int] | None:
@@ -87,7 +97,7 @@ def method_options(
     options: dict[str, Any] = dict(named)
     taken = _taken(function) if extra else frozenset()
     for text in extra or ():
-        name, value = _parse_option(text)
+        name, value = parse_option(text)
         if name in taken:
             raise UserError(
                 f"--option sets options of a method, and {name} is none; see `jaxprune methods` "
@@ -95,18 +105,6 @@ def method_options(
             )
         options[name] = value
     return options
-
-
-def _parse_option(text: str) -> tuple[str, Any]:
-    name, equals, written = text.partition("=")
-    if not equals:
-        raise UserError(f"--option is {text!r}; expected name=value.")
-    try:
-        value = parse_json(written)
-    except ValueError:
-        value = written
-    name = name.strip().replace("-", "_")
-    return name, tuple(value) if isinstance(value, list) else value
 
 
 def _taken(function: Callable[..., Any] | None) -> frozenset[str]:

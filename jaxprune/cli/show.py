@@ -17,15 +17,16 @@ from jaxprune.cli.options import (
     MethodOption,
     ModelOption,
     SaveOption,
+    TextTowerOption,
     TowerOption,
     method_options,
-    parse_method,
 )
 from jaxprune.cli.output import note, refuse_existing
 from jaxprune.errors import UserError
 from jaxprune.files import whole_file
 from jaxprune.inputs.images import picture_of
 from jaxprune.methods.resolve import check_names
+from jaxprune.methods.written import parse_method
 from jaxprune.reports.kept_patches import kept_over_depth
 
 
@@ -43,6 +44,7 @@ def show(
     keep_rate: KeepRateOption = None,
     option: ExtraOption = None,
     vision_tower: TowerOption = None,
+    text_tower: TextTowerOption = None,
     adapter: AdapterOption = None,
     dtype: DtypeOption = "auto",
     download: DownloadOption = False,
@@ -58,7 +60,12 @@ def show(
     }
     check_names(**pruning)
     params = jaxprune.load(
-        model, dtype=dtype, vision_tower=vision_tower, adapter=adapter, download=download
+        model,
+        dtype=dtype,
+        vision_tower=vision_tower,
+        text_tower=text_tower,
+        adapter=adapter,
+        download=download,
     )
     picture = kept_over_depth(params, drawn, prompt, layers=chosen, **pruning)
     _write(picture, out)

@@ -81,5 +81,5 @@ def test_mistakes(tiny_directory, refused):
     assert "--new-tokens is 1; expected a whole number, 2 or more" in refused(
         *asked, "--new-tokens", 1
     )
-    assert "prompt is none" in refused(*asked, "--method", "none:prompt=Why")
+    assert "There is no argument prompt" in refused(*asked, "--method", "none:prompt=Why")
     assert "has: keep" in refused(*asked, "--method", "uniform:keep=4;c=1")

@@ -2,6 +2,7 @@
 
 import io
 import json
+import pathlib
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ def test_json_holds_every_field_of_the_answer(scene, small_model, run):
     found = json.loads(done.out)
     answer = jaxprune.generate(small_model, scene, question, return_details=True, **options)
     seconds = found.pop("seconds")
+    assert found.pop("compiled") >= 0 == answer.compiled
     assert list(seconds) == list(answer.seconds)
     assert all(value >= 0 for value in seconds.values())
     assert found == {
@@ -34,6 +36,7 @@ def test_json_holds_every_field_of_the_answer(scene, small_model, run):
             for layer, images in answer.kept_by_layer.items()
         },
         "cost": json.loads(json.dumps(answer.cost.as_dict())),
+        "batch": 1,
     }
     assert len(found["kept_indices"][0]) == 21
 
@@ -53,9 +56,10 @@ def test_options_reach_the_function(run, monkeypatch, scene, white_image):
     monkeypatch.setattr(jaxprune, "generate", generate)
     options = f"--model m --dtype float32 --image {scene} --image {white_image} --prompt What?"
     options += " --stop x --stop y --max-new-tokens 5 --temperature 0.5 --top-k 3 --top-p 0.9"
-    options += " --seed 7 --raw --method iti --option c=2"
+    options += " --text-tower c --seed 7 --raw --method iti --option c=2"
     assert "enough" in run("generate", *options.split()).err
     loading = {"dtype": "float32", "vision_tower": None, "adapter": None, "download": False}
+    loading["text_tower"] = pathlib.Path("c")
     assert asked["load"] == ("m", loading)
     (model, images, prompts), fields = asked["generate"]
     assert (model, prompts) == ("the model", ["What?"])
@@ -84,7 +88,7 @@ def test_options_reach_the_function(run, monkeypatch, scene, white_image):
         (["--prompt", " "], "The prompt is empty"),
         (["--prompt", "a", "--method", "fitprun"], "Unknown method 'fitprun'"),
         (["--prompt", "a", "--model", "nowhere"], "nowhere does not exist"),
-        (["--prompt", "a", "--dtype", "int8"], "dtype is 'int8'"),
+        (["--prompt", "a", "--dtype", "int4"], "dtype is 'int4'"),
         (["--prompt", "a", "--option", "seed=1"], "seed is none"),
     ],
 )
@@ -102,7 +106,7 @@ def test_mistakes(arguments, message, refused):
         (["--prompt", "a", "--image", "none.png"], "does not exist"),
         (["--prompt", "a", "--temperature", "-1"], "temperature is -1"),
         (["--prompt", "a", "--images", "nowhere"], "is no directory"),
-        (["--data", "none.jsonl"], "none.jsonl cannot be read"),
+        (["--data", "none.jsonl"], "none.jsonl does not exist"),
         (["--image", "a.png"], "There is no --prompt"),
         (["--prompt", "a", "--out", "x.jsonl"], "--out is for --images and --data"),
         (["--prompt", " "], "The prompt is empty"),

@@ -10,6 +10,8 @@ import time
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 # A signal that comes while Python collects garbage, where an exception would be lost.
 WHILE_COLLECTING = """
 import gc, os, signal, sys
@@ -55,7 +57,6 @@ COMMANDS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_at_any_moment(command, tmp_path, tiny_directory, white_image):
     """JAXPRUNE_INTERRUPTS says how many; by hand 25 of each."""

@@ -9,7 +9,7 @@ import jaxprune
 from jaxprune.cli import main
 from tests import builders
 
-COMMANDS = ("generate", "show", "cost", "bench", "calibrate", "methods", "convert")
+COMMANDS = ("generate", "show", "cost", "bench", "evaluate", "calibrate", "methods", "convert")
 
 
 @pytest.fixture(autouse=True)

@@ -3,8 +3,9 @@
 import pytest
 
 import jaxprune
-from jaxprune.cli.options import method_options, parse_method
+from jaxprune.cli.options import method_options
 from jaxprune.engine.cost import estimate
+from jaxprune.methods.written import one_by_one, parse_method
 from jaxprune.reports.kept_patches import kept_over_depth
 
 
@@ -59,3 +60,16 @@ def test_every_option_of_a_method_can_be_set(function):
 def test_a_name_alone_is_refused():
     with pytest.raises(jaxprune.UserError, match="--option is 'c'; expected name=value"):
         method_options(["c"])
+
+
+def test_several_values_are_several_methods():
+    texts = ["none", "uniform,fastv:keep=9,8;keep_rate=0.5,0.25", "gsearch:keep_rates=[1.0,0.5]"]
+    assert one_by_one(texts) == [
+        "none",
+        "uniform,fastv:keep=9;keep_rate=0.5",
+        "uniform,fastv:keep=9;keep_rate=0.25",
+        "uniform,fastv:keep=8;keep_rate=0.5",
+        "uniform,fastv:keep=8;keep_rate=0.25",
+        "gsearch:keep_rates=[1.0,0.5]",
+    ]
+    assert one_by_one(["vtw:", "vtw:layer"]) == ["vtw:", "vtw:layer"]
