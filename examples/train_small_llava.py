@@ -18,14 +18,13 @@ on the seed and the step alone.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
 import pathlib
-import queue
 import tempfile
-import threading
-from collections.abc import Iterator
+import time
 from typing import Any
 
 import flax.linen as nn
@@ -34,14 +33,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import optax.contrib
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from jaxprune import checkpoints_convert
@@ -51,6 +42,10 @@ from jaxprune.models.llama import LlamaConfig, LlamaDecoder, text_tokens
 from jaxprune.models.llava import LlavaConfig
 from jaxprune.models.llava.images import CLIP_MEAN, CLIP_STD
 from jaxprune.models.registry import family_of
+from jaxprune.train.checkpoints import Checkpoints
+from jaxprune.train.log import Log, Progress
+from jaxprune.train.prefetch import prefetched
+from jaxprune.train.stopping import stopping
 
 MEAN, STD = np.array(CLIP_MEAN, np.float32), np.array(CLIP_STD, np.float32)
 PROMPT_BEFORE_IMAGE = "USER: "
@@ -229,19 +224,6 @@ def packed(
 def stacked(rows: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """Rows as one batch."""
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-
-
-def prefetch(make: Any, steps: range) -> Iterator[dict[str, np.ndarray]]:
-    """Batches of the coming steps, made by a thread while the step before runs."""
-    ready: queue.Queue = queue.Queue(maxsize=4)
-
-    def work() -> None:
-        for step in steps:
-            ready.put(make(step))
-
-    threading.Thread(target=work, daemon=True).start()
-    for _ in steps:
-        yield ready.get()
 
 
 # ---- losses
@@ -527,23 +509,6 @@ def init_heads(config: LlavaConfig, key: jax.Array, counts: tuple[int, ...]) -> 
     return TrainingHeads(width, counts).init(key, *shapes)["params"]
 
 
-def save(path: pathlib.Path, step: int, state: Any) -> None:
-    """Write a checkpoint so that an interruption leaves the old one or the new one."""
-    arrays = {f"a{i}": np.asarray(x) for i, x in enumerate(jax.tree.leaves(state))}
-    temporary = path.with_suffix(".tmp.npz")
-    np.savez(temporary, step=step, **arrays)
-    temporary.replace(path)
-
-
-def restore(path: pathlib.Path, state: Any) -> tuple[int, Any]:
-    """The step and state of a checkpoint, or (0, state) where there is none."""
-    if not path.exists():
-        return 0, state
-    with np.load(path) as saved:
-        leaves = [jnp.asarray(saved[f"a{i}"]) for i in range(len(saved.files) - 1)]
-        return int(saved["step"]), jax.tree.unflatten(jax.tree.structure(state), leaves)
-
-
 def means(metrics: list[dict]) -> dict[str, float]:
     """Of several steps: of numbers, and the shares of pairs of right answers and all."""
     found = {}
@@ -570,7 +535,7 @@ def train_stage(
         params: what it starts from.
         loss: `(params, batch) -> (loss, metrics)`.
         make: `step -> batch`.
-        out: the folder of checkpoints and the log.
+        out: the folder in which the stage has one, of its checkpoints and its log.
         check: `params -> metrics` of other data, logged with each checkpoint.
     """
     if not stage.steps:
@@ -578,43 +543,37 @@ def train_stage(
     transform = optimizer(stage)
 
     @functools.partial(jax.jit, donate_argnums=(0,))
-    def update(state: tuple, batch: dict) -> tuple[tuple, dict]:
+    def update(state: tuple, batch: dict) -> tuple[tuple, jax.Array, dict]:
         params, opt_state = state
-        (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, batch)
+        (total, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, batch)
         updates, opt_state = transform.update(grads, opt_state, params)
-        return (optax.apply_updates(params, updates), opt_state), metrics
+        return (optax.apply_updates(params, updates), opt_state), total, metrics
 
-    path = out / f"{stage.name}.npz"
-    first, state = restore(path, (params, transform.init(params)))
-    batches = prefetch(make, range(first, stage.steps))
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
+    place = out / stage.name
+    checkpoints = Checkpoints(place / "checkpoints", stage, identity={}, keep=1)
+    state = (params, transform.init(params))
+    found = checkpoints.restore(state)
+    first, state = (0, state) if found is None else (found.step, found.state)
+    source = prefetched(map(make, range(first, stage.steps)), 4)
+    log = Log(place / "log.jsonl", after=first)
+    bar = Progress(first, stage.steps, name=stage.name, devices=jax.devices()[:1], show=None)
     recent: list[dict] = []
-    with Progress(*columns) as progress, (out / "log.jsonl").open("a") as log:
-        task = progress.add_task(stage.name, total=stage.steps, completed=first, note="")
-        for step, batch in enumerate(batches, start=first + 1):
-            state, metrics = update(state, batch)
+    with contextlib.closing(source), stopping() as asked_to_stop, log, bar:
+        for step, batch in enumerate(source, start=first + 1):
+            began = time.perf_counter()
+            state, total, metrics = update(state, batch)
             recent.append(jax.device_get(metrics))
-            progress.update(task, completed=step)
+            seconds = time.perf_counter() - began
+            bar.show(step, loss=float(total), tokens=batch["token_ids"].size, seconds=seconds)
             if step % 50 == 0 or step == stage.steps:
-                found = means(recent)
-                log.write(json.dumps({"stage": stage.name, "step": step, **found}) + "\n")
-                log.flush()
-                note = " ".join(f"{key} {value:.2f}" for key, value in found.items())
-                progress.update(task, note=note)
+                log.write({"update": step, **means(recent)})
                 recent = []
-            if step % 100 == 0 or step == stage.steps:
-                save(path, step, state)
-                if check is not None:
-                    line = {"stage": stage.name, "step": step, "held-out": check(state[0])}
-                    log.write(json.dumps(line) + "\n")
-                    log.flush()
+            if step % 100 == 0 or step == stage.steps or asked_to_stop():
+                checkpoints.save(step, state, data={})
+                if check is not None and not asked_to_stop():
+                    log.write({"update": step, "held-out": check(state[0])})
+            if asked_to_stop():
+                raise SystemExit(f"Stopped after {step} steps of {stage.name}; go on as you began.")
     return state[0]
 
 

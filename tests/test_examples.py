@@ -27,15 +27,19 @@ def train(out, *arguments):
     run("train_small_llava.py", "--out", out, *sizes, *arguments)
 
 
+def lines(out, stage):
+    """What a stage's log says."""
+    return [json.loads(line) for line in (out / stage / "log.jsonl").read_text().splitlines()]
+
+
 @pytest.mark.slow
 def test_it_trains_goes_on_and_exports_what_loads(tmp_path):
     train(tmp_path / "run", "--steps", "2")
-    checkpoints = sorted(path.name for path in (tmp_path / "run").glob("*.npz"))
-    assert checkpoints == ["answers.npz", "look-up.npz", "polish.npz", "vision.npz"]
-    train(tmp_path / "run", "--steps", "3", "--export", str(tmp_path / "model"))
-    steps = (tmp_path / "run" / "log.jsonl").read_text()
-    assert steps.count('"stage": "vision"') == 1  # the second run found that stage done
-    assert '"step": 3' in steps
+    stages = sorted(path.parent.name for path in (tmp_path / "run").glob("*/checkpoints"))
+    assert stages == ["answers", "look-up", "polish", "vision"]
+    again = ("--export", str(tmp_path / "model"))
+    train(tmp_path / "run", "--steps", "2", *again)
+    assert len(lines(tmp_path / "run", "vision")) == 1  # the second run found that stage done
     model = jaxprune.load(tmp_path / "model")
     scene, question = scenes.sample("held-out", 0, 0)
     jaxprune.generate(model, scenes.draw(scene), question.question, max_new_tokens=2)
@@ -49,11 +53,11 @@ def test_the_shipped_model_is_continued_with_its_old_tokens(tmp_path):
     steps = ("--steps", "1", *(x for stage in stages for x in (f"--{stage}-steps", "1")))
     out = ("--out", tmp_path / "run", "--export", tmp_path / "model")
     run("continue_small_llava.py", *folders, *steps, *out)
-    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert [line["stage"] for line in log if "held-out" in line] == [*stages[2:], "answers"]
+    logs = {stage: lines(tmp_path / "run", stage) for stage in (*stages, "answers")}
+    assert [x for x, log in logs.items() if "held-out" in log[-1]] == [*stages[2:], "answers"]
     # The second run finds all stages done.
     run("continue_small_llava.py", *folders, *steps, "--out", tmp_path / "run")
-    assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == len(log)
+    assert {stage: lines(tmp_path / "run", stage) for stage in logs} == logs
 
     old, new = jaxprune.load(), jaxprune.load(tmp_path / "model")
     tokenizers = [one.processor.tokenizer for one in (old, new)]

@@ -30,7 +30,6 @@ from jaxprune.files import (
     whole_directory,
     whole_file,
 )
-from jaxprune.train.settings import Settings
 
 _RUN, _STATE, _ABOUT = "run.json", "state", "about.json"
 _MARK, _FORMAT = "jaxprune_training", 1
@@ -62,7 +61,7 @@ class Checkpoints:
 
     Args:
         directory: made if it is not there.
-        settings: the run's.
+        settings: the run's: a dataclass, `Settings` or another.
         identity: what else has to be the same for the run to go on, by what a message calls it:
             `{"data": digest, "model": digest}`.
         keep: how many of the last ones stay.
@@ -77,7 +76,7 @@ class Checkpoints:
     def __init__(
         self,
         directory: Any,
-        settings: Settings,
+        settings: Any,
         *,
         identity: Mapping[str, str],
         keep: int = 2,
@@ -100,7 +99,9 @@ class Checkpoints:
         except OSError as error:
             raise UserError(f"{self.directory} cannot hold checkpoints ({error}).") from None
         if _RUN in there:
-            _check_same(self.directory, json.loads(json.dumps(run)))
+            fields = dataclasses.fields(settings)
+            defaults = {x.name: x.default for x in fields if x.default is not dataclasses.MISSING}
+            _check_same(self.directory, *json.loads(json.dumps([run, defaults])))
         elif there:
             raise UserError(
                 f"{self.directory} holds no checkpoints but {there[0]}; name a directory that is "
@@ -207,18 +208,20 @@ class Checkpoints:
             )
 
 
-def _check_same(directory: pathlib.Path, run: Mapping[str, Any]) -> None:
+def _check_same(
+    directory: pathlib.Path, run: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> None:
     """Raise `UserError` unless a directory is of the run."""
     there = read_json(directory / _RUN, repair="name another directory")
     if there.get(_MARK) != _FORMAT:
         raise UserError(f"{directory / _RUN} is not of this program; name another directory.")
     # A setting that is newer than the run had its default's effect.
-    old = {**dataclasses.asdict(Settings()), **there.get("settings", {})}
+    old = {**defaults, **there.get("settings", {})}
     new = run["settings"]
     differ = [
         f"{name} (there {json.dumps(old[name])}, here {json.dumps(new.get(name))})"
         for name in old
-        if name not in _FREE and old[name] != new.get(name)
+        if name not in _FREE and old.get(name) != new.get(name)
     ]
     differ += [
         f"other {name}" for name in run if name != "settings" and run[name] != there.get(name)

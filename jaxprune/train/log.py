@@ -93,14 +93,21 @@ class Progress:
 
     Args:
         done, total: updates.
+        name: what the run is called.
         devices: that the run is on.
         show: None shows the bar in a terminal alone.
     """
 
     def __init__(
-        self, done: int, total: int, *, devices: Sequence[jax.Device], show: bool | None
+        self,
+        done: int,
+        total: int,
+        *,
+        devices: Sequence[jax.Device],
+        show: bool | None,
+        name: str = "Training",
     ) -> None:
-        columns = (TextColumn("Training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         self._bar = Bars(
             *columns,
             TextColumn("{task.fields[note]}"),
@@ -119,9 +126,11 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
-    def show(self, line: Mapping[str, Any]) -> None:
+    def show(
+        self, update: int, *, loss: float, tokens: int, seconds: float, flops: int = 0
+    ) -> None:
         """Show what there is to say of an update."""
-        note = f"loss {line['loss']:.3f}, {line['tokens'] / line['seconds']:,.0f} tokens/s"
-        if self._peak:  # model FLOPs utilisation, where the device's peak is known
-            note += f", {line['flops'] / line['seconds'] / self._peak:.0%} of the peak FLOPs"
-        self._bar.update(self._task, completed=line["update"], note=note)
+        note = f"loss {loss:.3f}, {tokens / seconds:,.0f} tokens/s"
+        if self._peak and flops:  # model FLOPs utilisation, where the device's peak is known
+            note += f", {flops / seconds / self._peak:.0%} of the peak FLOPs"
+        self._bar.update(self._task, completed=update, note=note)

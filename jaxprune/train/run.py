@@ -319,7 +319,8 @@ class Run:
                 found = self._update(batches)
                 line = self._line(found, batches, time.perf_counter() - began)
                 self.log.write(line)
-                bar.show(line)
+                shown = ("loss", "tokens", "seconds", "flops")
+                bar.show(self.step, **{name: line[name] for name in shown})
                 if self.done or self._due(self.habits.eval_every):
                     self._evaluate()
                 if self._due(self.habits.save_every or math.ceil(self.updates / 20)):
