@@ -17,9 +17,10 @@ from jaxprune.cli.options import (
     method_options,
     parse_size,
 )
-from jaxprune.engine.cost import FORMULA, Cost, estimate
+from jaxprune.engine.cost import FORMULA, Cost, estimate, most_tokens
 from jaxprune.methods.written import parse_method
 from jaxprune.model import read_config
+from jaxprune.ops.tiles import VisualSize
 
 
 def cost(
@@ -45,18 +46,26 @@ def cost(
     as_json: JsonOption = False,
 ) -> None:
     """Count tokens, FLOPs and cache bytes of a prompt, without running or loading anything."""
+    config, size = read_config(model, dtype), parse_size(image_size)
     found = estimate(
-        read_config(model, dtype),
+        config,
         parse_method(method),
         text_tokens=text_tokens,
         visual_tokens=visual_tokens,
-        image_size=parse_size(image_size),
+        image_size=size,
         **method_options(option, estimate, keep=keep, save=save, keep_rate=keep_rate),
     )
     if as_json:
         print(json.dumps({"model": model or "small_llava", "method": method, **found.as_dict()}))
     else:
         _print(found)
+        most, side = most_tokens(config), config.tower.tile_size
+        fewer = config.tiling(VisualSize(side, side)).num_tokens
+        if size is None and visual_tokens is None and fewer < most:
+            print(
+                f"Of the image with the most visual tokens, {most}; one of {side} x {side} pixels "
+                f"has {fewer}. --image-size tells another."
+            )
 
 
 def _print(found: Cost) -> None:

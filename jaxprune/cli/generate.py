@@ -26,7 +26,7 @@ from jaxprune.cli.options import (
     TowerOption,
     method_options,
 )
-from jaxprune.cli.output import note
+from jaxprune.cli.output import note, working
 from jaxprune.engine.sampling import Ask
 from jaxprune.errors import UserError
 from jaxprune.files import as_path
@@ -69,6 +69,16 @@ def generate(
     top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest p.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="A string that ends the answer.")] = None,
+    min_new_tokens: Annotated[
+        int | None, typer.Option(help="Before these no token ends the answer.")
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None, typer.Option(help="Above 1, what was said already is less likely.")
+    ] = None,
+    logprobs: Annotated[
+        int | None,
+        typer.Option(help="With --json: log-probabilities, and so many likeliest tokens'."),
+    ] = None,
     raw: Annotated[bool, typer.Option("--raw", metavar=NO_VALUE, help="No chat template.")] = False,
     vision_tower: TowerOption = None,
     text_tower: TextTowerOption = None,
@@ -83,7 +93,16 @@ def generate(
         "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k,
         "top_p": top_p, "stop": stop or (),
     }  # fmt: skip
+    others = {
+        "min_new_tokens": min_new_tokens, "repetition_penalty": repetition_penalty,
+        "logprobs": logprobs,
+    }  # fmt: skip
+    asked |= {name: value for name, value in others.items() if value is not None}
     Ask(**asked, seed=seed)
+    if temperature == 0 and (top_k is not None or top_p is not None):
+        raise UserError("--top-k and --top-p say what to draw from; give a --temperature above 0.")
+    if logprobs is not None and not as_json:
+        raise UserError("--logprobs are part of the details; ask for them with --json.")
     pruning: dict[str, Any] = {
         "method": parse_method(method),
         **method_options(option, jaxprune.generate, keep=keep, save=save, keep_rate=keep_rate),
@@ -106,19 +125,25 @@ def generate(
         assert prompt is not None
         own: list[Any] = [*map(jaxprune.Video, video or []), *map(picture_of, image or [])]
         pictures = [own] if own else None
-        (answer,) = jaxprune.generate(load(), pictures, [prompt], **asked)
+        with working("Loading the model"):
+            params = load()
+        with working("Answering; a process's first answer compiles the programs for it"):
+            (answer,) = jaxprune.generate(params, pictures, [prompt], **asked)
         print(json.dumps({"method": method, **answer.as_dict()}) if as_json else answer.text)
         return
-    done = 0
+    answered: dict[int, dict[str, Any]] = {}
     if out is not None:
         out = as_path(out, "--out")
         if not out.absolute().parent.is_dir():
             raise UserError(f"{out.absolute().parent} is no directory; make it first.")
-        done = many.done_already(out, requests)
+        there = many.lines_of(out, requests)
+        answered = {place: line for place, line in there.items() if "error" not in line}
         interrupt.say_at_the_end("The same command resumes.")
-        if done:
-            note(f"{done} of {len(requests)} lines are there already, answers or errors.")
-    rest = requests[done:]
+        if there:
+            again = len(there) - len(answered)
+            errors = f"; {again} with an error are tried again" if again else ""
+            note(f"{len(answered)} of {len(requests)} answers are there already{errors}.")
+    rest = [request for place, request in enumerate(requests) if place not in answered]
     if not rest:
         return
     answers = jaxprune.generate_many(
@@ -127,8 +152,12 @@ def generate(
     if out is None:
         failed = many.write(answers, rest, sys.stdout, details=as_json)
     else:
+        if out.exists():  # without what was cut off, and errors
+            many.rewrite(out, answered)
         with _appending(out) as file:
             failed = many.write(answers, rest, file, details=as_json)
+        if max(answered, default=-1) >= len(answered):  # what was tried again stands at the end
+            many.rewrite(out, many.lines_of(out, requests))
         note(f"{out}: {len(requests)} answers.")
     if failed:
         note(f"{failed} of {len(rest)} requests could not be answered; their lines have an error.")

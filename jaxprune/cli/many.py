@@ -3,15 +3,16 @@
 import json
 import pathlib
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TextIO
 
 from jaxprune.data.lines import image_paths, parse_lines, read_text, whole_lines
 from jaxprune.engine.answer import Answer
 from jaxprune.errors import UserError
-from jaxprune.files import as_path, parse_json
+from jaxprune.files import as_path, parse_json, whole_file
 
 PIPE = "-"
+_REQUEST = ("image", "prompt")
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
@@ -64,46 +65,54 @@ def _text_of(name: str) -> str:
         raise UserError(f"stdin cannot be read as text ({error}).") from None
 
 
-def done_already(out: pathlib.Path, requests: list[dict[str, Any]]) -> int:
-    """How many requests a file of answers answers; a line that was cut off is taken away.
+def lines_of(out: pathlib.Path, requests: Sequence[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """The lines of a file of answers and errors, by the place of the request that each is of.
 
     Raises:
-        UserError: for a file of other requests.
+        UserError: for a file of other requests, or none of ours.
     """
     if not out.exists():
-        return 0
+        return {}
     try:
-        content = out.read_bytes()
+        lines, rest = whole_lines(out.read_bytes())
     except OSError as error:
         raise UserError(f"{out} cannot be read ({error}).") from None
-    lines, rest = whole_lines(content)
-    for number, line in enumerate(lines):
-        try:
-            fields = parse_json(line)
-        except ValueError:
-            fields = None
+    places: dict[str, list[int]] = {}
+    for place, request in enumerate(requests):
+        places.setdefault(json.dumps(request), []).append(place)
+    found = {}
+    for number, line in enumerate(lines, start=1):
+        fields = _parsed(line)
         answered = isinstance(fields, dict) and {"text", "error"} & set(fields)
-        if number >= len(requests) or not answered or _differ(fields, requests[number]):
+        same = json.dumps({x: fields.get(x) for x in _REQUEST}) if answered else ""
+        if not places.get(same):
             raise UserError(
-                f"{out} is there already, and line {number + 1} is no answer to request "
-                f"{number + 1}; name another file."
+                f"{out} is there already, and line {number} is no answer to a request of these; "
+                "name another file."
             )
-    if rest:
-        _take_away(out, rest, requests[len(lines) :])
-    return len(lines)
-
-
-def _differ(fields: Any, request: dict[str, Any]) -> bool:
-    return any(fields.get(name) != value for name, value in request.items())
-
-
-def _take_away(out: pathlib.Path, rest: bytes, requests: list[dict[str, Any]]) -> None:
-    """Cut off a line that was not finished, if it is the beginning of the next answer."""
-    begun = json.dumps(requests[0])[:-1].encode() if requests else b""
-    if not begun or not (rest.startswith(begun) or begun.startswith(rest)):
+        found[places[same].pop(0)] = fields
+    if rest and not any(_begins(rest, same) for same, left in places.items() if left):
         raise UserError(f"{out} is there already, and ends in no answer; name another file.")
-    with out.open("r+b") as file:
-        file.truncate(out.stat().st_size - len(rest))
+    return found
+
+
+def _parsed(line: str) -> Any:
+    try:
+        return parse_json(line)
+    except ValueError:
+        return None
+
+
+def _begins(line: bytes, request: str) -> bool:
+    """Whether a line that was cut off is of a request."""
+    begun = request[:-1].encode()
+    return line.startswith(begun) or begun.startswith(line)
+
+
+def rewrite(out: pathlib.Path, lines: Mapping[int, dict[str, Any]]) -> None:
+    """Have a file hold these lines and no others, in the order of their requests."""
+    with whole_file(out) as partial, partial.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(lines[place]) + "\n" for place in sorted(lines))
 
 
 def write(

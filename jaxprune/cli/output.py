@@ -1,6 +1,8 @@
 """Where commands write: results to stdout, notes and errors to stderr, files that are new."""
 
+import contextlib
 import pathlib
+from collections.abc import Iterator
 
 from rich.console import Console
 from rich.table import Table
@@ -15,6 +17,13 @@ _WIDTH = 120  # of tables whose columns do not fit into a narrow terminal
 def note(text: str) -> None:
     """A line on stderr, as long as it is."""
     stderr.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def working(text: str) -> Iterator[None]:
+    """A context that takes seconds; a terminal says so meanwhile."""
+    with stderr.status(text) if stderr.is_terminal else contextlib.nullcontext():
+        yield
 
 
 def print_wide(table: Table) -> None:

@@ -25,7 +25,7 @@ def read_text(path: Any, what: str = "The data file") -> str:
     try:
         text: str = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise UserError(f"{what} {path} does not exist; expected JSONL.") from None
+        raise UserError(f"{what} {path} does not exist; expected a file of JSON.") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as text ({error}).") from None
     return text

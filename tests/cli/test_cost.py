@@ -32,6 +32,9 @@ def test_sizes_and_numbers_of_tokens(run):
     assert wide["visual_tokens"] == config.tiling(VisualSize(336, 1008)).num_tokens
     few = json.loads(run(*asked, "--method", "prumerge", "--visual-tokens", 99).out)
     assert few["visual_tokens"] == 99
+    said = run(*asked[:-1]).out.splitlines()[-1]
+    assert "most visual tokens, 2928; one of 336 x 336 pixels has 1176" in said
+    assert "most visual tokens" not in run(*asked[:-1], "--image-size", "336x336").out
 
 
 def test_the_table(run):

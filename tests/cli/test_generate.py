@@ -57,6 +57,7 @@ def test_options_reach_the_function(run, monkeypatch, scene, white_image):
     options = f"--model m --dtype float32 --image {scene} --image {white_image} --prompt What?"
     options += " --stop x --stop y --max-new-tokens 5 --temperature 0.5 --top-k 3 --top-p 0.9"
     options += " --text-tower c --seed 7 --raw --method iti --option c=2"
+    options += " --min-new-tokens 2 --repetition-penalty 1.2 --logprobs 1 --json"
     assert "enough" in run("generate", *options.split()).err
     loading = {"dtype": "float32", "vision_tower": None, "adapter": None, "download": False}
     loading["text_tower"] = pathlib.Path("c")
@@ -70,6 +71,9 @@ def test_options_reach_the_function(run, monkeypatch, scene, white_image):
         "temperature": 0.5,
         "top_k": 3,
         "top_p": 0.9,
+        "min_new_tokens": 2,
+        "repetition_penalty": 1.2,
+        "logprobs": 1,
         "seed": 7,
         "stop": ["x", "y"],
         "chat": False,
@@ -105,6 +109,11 @@ def test_mistakes(arguments, message, refused):
         (["--prompt", "a", "--method", "no.json"], "no.json does not exist"),
         (["--prompt", "a", "--image", "none.png"], "does not exist"),
         (["--prompt", "a", "--temperature", "-1"], "temperature is -1"),
+        (["--prompt", "a", "--top-k", "5"], "give a --temperature above 0"),
+        (["--prompt", "a", "--logprobs", "2"], "ask for them with --json"),
+        (["--prompt", "a", "--logprobs", "21", "--json"], "expected 0 to 20"),
+        (["--prompt", "a", "--min-new-tokens", "-1"], "min_new_tokens is -1"),
+        (["--prompt", "a", "--repetition-penalty", "0"], "repetition_penalty is 0"),
         (["--prompt", "a", "--images", "nowhere"], "is no directory"),
         (["--data", "none.jsonl"], "none.jsonl does not exist"),
         (["--image", "a.png"], "There is no --prompt"),
@@ -152,9 +161,29 @@ def test_a_folder_of_images(folder, tmp_path, run, small_model, held_out):
     # Ended in the middle of the fourth line, the same command goes on.
     kept = "".join(whole.splitlines(keepends=True)[:3])
     out.write_text(kept + whole.splitlines()[3][:20])
-    assert "3 of 5 lines are there already" in run(*asked).err
+    assert "3 of 5 answers are there already" in run(*asked).err
     assert out.read_text() == whole
     assert run(*asked).code == 0 and out.read_text() == whole
+
+
+def test_what_failed_is_tried_again(folder, tmp_path, run):
+    missing, away = folder / "1.png", tmp_path / "away.png"
+    missing.rename(away)
+    lines = [{"image": str(folder / f"{i % 3}.png"), "prompt": ASK} for i in range(4)]
+    (tmp_path / "data.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    out = tmp_path / "answers.jsonl"
+    asked = ["generate", "--data", tmp_path / "data.jsonl", "--out", out, "--max-new-tokens", 4]
+    assert run(*asked).code == 1
+    first = [json.loads(line) for line in out.read_text().splitlines()]
+    assert ["error" in line for line in first] == [False, True, False, False]
+    assert run(*asked).code == 1  # it is not there yet
+    assert [json.loads(line) for line in out.read_text().splitlines()] == first
+    away.rename(missing)
+    done = run(*asked)
+    assert done.code == 0 and "3 of 4 answers are there already; 1 with an error" in done.err
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [{**line, "text": None} for line in found] == [{**x, "text": None} for x in lines]
+    assert [found[i] for i in (0, 2, 3)] == [first[i] for i in (0, 2, 3)]
 
 
 def test_lines_of_requests(folder, tmp_path, run, small_model, monkeypatch):
@@ -201,7 +230,7 @@ def test_lines_that_are_none(line, message, refused, tmp_path):
 def test_answers_of_other_requests_are_kept(folder, refused, tmp_path):
     (tmp_path / "mine.jsonl").write_text('{"text": "mine"}\n')
     said = refused("generate", "--images", folder, "--prompt", "a", "--out", "mine.jsonl")
-    assert "line 1 is no answer to request 1; name another file" in said
+    assert "line 1 is no answer to a request of these; name another file" in said
     assert (tmp_path / "mine.jsonl").read_text() == '{"text": "mine"}\n'
 
 
