@@ -164,7 +164,7 @@ class Trainer:
     # ---- the programs
 
     def _init(self, arrays: Arrays) -> State:
-        trained = init_trained(arrays, self.settings, self._keys()[0])
+        trained = init_trained(arrays, self.settings, jax.random.key(self.settings.seed))
         return State(trained, self.optimiser.init(trained), jnp.zeros((), jnp.int32))
 
     def _nothing(self, trained: Trained) -> Sums:
@@ -173,7 +173,7 @@ class Trainer:
         return Sums(jax.tree.map(jnp.zeros_like, trained), none, scored, number)
 
     def _add(self, rest: Params, trained: Trained, step: Array, sums: Sums, batch: Batch) -> Sums:
-        key = functools.reduce(jax.random.fold_in, (step, sums.number), self._keys()[1])
+        key = functools.reduce(jax.random.fold_in, (step, sums.number), self._dropout())
         gradient = jax.value_and_grad(objective, has_aux=True)
         (loss, scored), own = gradient(trained, rest, batch, self.settings, key)
         added: Sums = jax.tree.map(jnp.add, sums, Sums(own, loss, scored, jnp.int32(1)))
@@ -193,9 +193,13 @@ class Trainer:
     def _evaluate(self, rest: Params, trained: Trained, batch: Batch) -> Scored:
         return score_trained(trained, rest, batch, self.settings)
 
-    def _keys(self) -> Array:
-        """Of the adapters' beginning, and of dropout."""
-        return jax.random.split(jax.random.key(self.settings.seed))
+    def _dropout(self) -> Array:
+        """The key of what is dropped out.
+
+        Of the hardware's generator: threefry's for the inputs of all matrices took a TPU's
+        compiler minutes a layer, and by its estimate longer than the matrices' products.
+        """
+        return jax.random.key(self.settings.seed, impl="rbg")
 
     def _layout(self, arrays: Arrays, shapes: State) -> Any:
         """Where the arrays of a state lie."""
