@@ -1,6 +1,6 @@
 """Pruned without training, and after it: how much of the loss comes back, on the shipped model.
 
-    python benchmarks/fine_tuning.py --work runs/fine_tuning      # an hour on two cores
+    python benchmarks/fine_tuning.py --work runs/fine_tuning      # half an hour on two cores
 
 The model learns drawn scenes again, of the split that it was trained on and never those that it is
 asked about, by LoRA with a method's pruning on. Training without pruning stands beside it: what
@@ -54,7 +54,7 @@ def measured(method: str, seed: int, options: argparse.Namespace) -> dict:
     """Accuracy before and after a run."""
     name = method.replace(":", "-").replace(";", "-").replace("=", "")
     place = options.work / f"{name}-{seed}"
-    file = place.with_suffix(".json")
+    file = options.work / f"{place.name}.json"
     if file.exists():
         return json.loads(file.read_text())
     params = jaxprune.load()
@@ -64,9 +64,8 @@ def measured(method: str, seed: int, options: argparse.Namespace) -> dict:
         params, samples, place, method=method, seed=seed, steps=options.steps, keep=1, **LEARNED
     )
     after = accuracy(done.params, method, options.work / f"{name}-{seed}.jsonl", options.samples)
-    lines = [json.loads(x) for x in (place / "log.jsonl").read_text().splitlines()]
-    seconds = statistics.median(line["seconds"] for line in lines[2:])
-    found = {"before": before, "after": after, "seconds": seconds, "flops": lines[-1]["flops"]}
+    last = json.loads((place / "log.jsonl").read_text().splitlines()[-1])
+    found = {"before": before, "after": after, "flops": last["flops"]}
     file.write_text(json.dumps(found))
     jax.clear_caches()
     return found
@@ -86,23 +85,23 @@ def main() -> None:
     }
     whole = table["none"][0]["before"]["none"]
     more = statistics.mean(x["after"]["none"] for x in table["none"])
-    unpruned = statistics.median(x["seconds"] for x in table["none"])
     flops = table["none"][0]["flops"]
-    print("| method | visual tokens into a layer | before | after (seeds) | of the loss comes back "
-          "| unpruned after | step, seconds | against unpruned | by FLOPs |")  # fmt: skip
-    print("|---|---:|---:|---|---:|---:|---:|---:|---:|")
+    print(
+        "| method | visual tokens into a layer | before | after (seeds) | of the loss comes back "
+        "| unpruned after | FLOPs of an update |"
+    )
+    print("|---|---:|---:|---|---:|---:|---:|")
     for method, runs in table.items():
         before = runs[0]["before"]["pruned"]
         after = [x["after"]["pruned"] for x in runs]
         mean = statistics.mean(after)
         # Against the unpruned model that learned as much.
         back = "" if method == "none" else f"{100 * (mean - before) / (more - before):.0f} %"
-        seconds = statistics.median(x["seconds"] for x in runs)
         print(
             f"| {method} | {runs[0]['before']['visual']:.1f} | {100 * before:.1f} "
             f"| {100 * mean:.1f} ({', '.join(f'{100 * x:.1f}' for x in after)}) | {back} "
-            f"| {100 * statistics.mean(x['after']['none'] for x in runs):.1f} | {seconds:.2f} "
-            f"| {unpruned / seconds:.2f} | {flops / runs[0]['flops']:.2f} |"
+            f"| {100 * statistics.mean(x['after']['none'] for x in runs):.1f} "
+            f"| 1 / {flops / runs[0]['flops']:.2f} |"
         )
     print(f"\nUnpruned before {100 * whole:.1f}, after {100 * more:.1f}.")
 

@@ -26,13 +26,14 @@ from jaxprune.models.family import ModelConfig, is_original
 from jaxprune.models.registry import table_of
 
 Tensors = dict[str, np.ndarray]
+PEFT, LLAVA = "peft", "llava"
 
 FORMS: Mapping[str, Mapping[str, str]] = {
-    "peft": {
+    PEFT: {
         "language_model.model.": "model.language_model.",
         "multi_modal_projector.": "model.multi_modal_projector.",
     },
-    "llava": {
+    LLAVA: {
         "language_model.model.": "model.",
         "multi_modal_projector.linear_1.": "model.mm_projector.0.",
         "multi_modal_projector.linear_2.": "model.mm_projector.2.",
@@ -49,7 +50,7 @@ def write_adapter(
     alpha: float,
     dropout: float = 0.0,
     base: str | pathlib.Path | None = None,
-    form: str = "peft",
+    form: str = PEFT,
 ) -> None:
     """Write low-rank adapters and a trained projector.
 
@@ -93,7 +94,7 @@ def write_adapter(
     if fused:  # releases of PEFT that read LLaVA's form need not know of patterns
         fields["rank_pattern"] = {name: number * rank for name, number in fused.items()}
         fields["alpha_pattern"] = {name: number * alpha for name, number in fused.items()}
-    if form == "llava":
+    if form == LLAVA:
         own = _original_config(target, config, base)
         contents = {"config.json": own, BIN: _pickled(factors), NON_LORA: _pickled(projector)}
     else:
@@ -104,7 +105,7 @@ def write_adapter(
         (place / CONFIG).write_text(json.dumps(fields, indent=2) + "\n")
         for name, content in contents.items():
             (place / name).write_bytes(content)
-        if form == "peft":
+        if form == PEFT:
             save_tensors(place / SAFETENSORS, _wrapped({**factors, **projector}))
 
 
@@ -251,5 +252,5 @@ def _pickled(tensors: Tensors) -> bytes:
             "PEFT's form."
         ) from None
     file = io.BytesIO()
-    torch.save({key: torch.from_numpy(x) for key, x in _wrapped(tensors).items()}, file)
+    torch.save({key: torch.tensor(x) for key, x in _wrapped(tensors).items()}, file)
     return file.getvalue()

@@ -99,6 +99,11 @@ def what_it_is(directory: pathlib.Path) -> str | None:
         ]  # fmt: skip
     except OSError:
         return None
+    made = [directory / part for part in ("model", "adapter", "llava-lora")]
+    made = [path for path in made if path.is_dir()]
+    if (directory / "checkpoints" / "run.json").is_file() and made:
+        way = "name that" if made[0].name == "model" else "give it as adapter= (--adapter)"
+        return f"{directory} is the directory of a training run, which made {made[0]}; {way}."
     names = {path.name for path in files}
     pointers = [path.name for path in files if _starts_with(path, _POINTER)]
     if pointers:

@@ -131,12 +131,14 @@ def generate(
             (answer,) = jaxprune.generate(params, pictures, [prompt], **asked)
         print(json.dumps({"method": method, **answer.as_dict()}) if as_json else answer.text)
         return
+    loaded = (model, dtype, vision_tower, text_tower, adapter)
+    settings = many.settings_digest(*map(str, loaded), as_json, sorted(asked.items()))
     answered: dict[int, dict[str, Any]] = {}
     if out is not None:
         out = as_path(out, "--out")
         if not out.absolute().parent.is_dir():
             raise UserError(f"{out.absolute().parent} is no directory; make it first.")
-        there = many.lines_of(out, requests)
+        there = many.lines_of(out, requests, settings)
         answered = {place: line for place, line in there.items() if "error" not in line}
         interrupt.say_at_the_end("The same command resumes.")
         if there:
@@ -155,9 +157,9 @@ def generate(
         if out.exists():  # without what was cut off, and errors
             many.rewrite(out, answered)
         with _appending(out) as file:
-            failed = many.write(answers, rest, file, details=as_json)
+            failed = many.write(answers, rest, file, details=as_json, settings=settings)
         if max(answered, default=-1) >= len(answered):  # what was tried again stands at the end
-            many.rewrite(out, many.lines_of(out, requests))
+            many.rewrite(out, many.lines_of(out, requests, settings))
         note(f"{out}: {len(requests)} answers.")
     if failed:
         note(f"{failed} of {len(rest)} requests could not be answered; their lines have an error.")

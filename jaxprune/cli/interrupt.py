@@ -70,6 +70,7 @@ def _watch(pipe: int) -> None:
         if not _patient.is_set():
             _end()
         _patient.clear()
+        note("Finishing what is in hand, then saving; a second Ctrl-C ends at once.")
     os.close(pipe)
 
 

@@ -1,5 +1,6 @@
 """Many requests from a folder or a file, and their answers into one: `jaxprune generate --out`."""
 
+import hashlib
 import json
 import pathlib
 import sys
@@ -13,6 +14,7 @@ from jaxprune.files import as_path, parse_json, whole_file
 
 PIPE = "-"
 _REQUEST = ("image", "prompt")
+_SETTINGS = "settings"
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
@@ -65,11 +67,23 @@ def _text_of(name: str) -> str:
         raise UserError(f"stdin cannot be read as text ({error}).") from None
 
 
-def lines_of(out: pathlib.Path, requests: Sequence[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+def settings_digest(*settings: Any) -> str:
+    """8 hex digits of what decides answers, beside the request."""
+    return hashlib.sha256(repr(settings).encode()).hexdigest()[:8]
+
+
+def lines_of(
+    out: pathlib.Path, requests: Sequence[dict[str, Any]], settings: str
+) -> dict[int, dict[str, Any]]:
     """The lines of a file of answers and errors, by the place of the request that each is of.
 
+    Args:
+        out: the file.
+        requests: all of them.
+        settings: what `settings_digest` gives.
+
     Raises:
-        UserError: for a file of other requests, or none of ours.
+        UserError: for a file of other requests or settings, or none of ours.
     """
     if not out.exists():
         return {}
@@ -89,6 +103,11 @@ def lines_of(out: pathlib.Path, requests: Sequence[dict[str, Any]]) -> dict[int,
             raise UserError(
                 f"{out} is there already, and line {number} is no answer to a request of these; "
                 "name another file."
+            )
+        if fields.get(_SETTINGS) != settings:
+            raise UserError(
+                f"{out} is there already, and line {number} was answered by another model or "
+                "method, or with other options; name another file."
             )
         found[places[same].pop(0)] = fields
     if rest and not any(_begins(rest, same) for same, left in places.items() if left):
@@ -116,13 +135,18 @@ def rewrite(out: pathlib.Path, lines: Mapping[int, dict[str, Any]]) -> None:
 
 
 def write(
-    answers: Iterable[Any], requests: list[dict[str, Any]], file: TextIO, *, details: bool
+    answers: Iterable[Any],
+    requests: list[dict[str, Any]],
+    file: TextIO,
+    *,
+    details: bool,
+    settings: str | None = None,
 ) -> int:
     """A line of JSON for every request as its answer comes; how many could not be answered."""
-    failed = 0
+    failed, also = 0, {} if settings is None else {_SETTINGS: settings}
     for request, answer in zip(requests, answers, strict=True):
         failed += isinstance(answer, UserError)
-        file.write(json.dumps({**request, **_fields(answer, details)}) + "\n")
+        file.write(json.dumps({**request, **_fields(answer, details), **also}) + "\n")
         file.flush()
     return failed
 

@@ -9,7 +9,15 @@ import typer
 
 import jaxprune
 from jaxprune.cli import interrupt
-from jaxprune.cli.options import NO_VALUE, DownloadOption, JsonOption, ModelOption, TowerOption
+from jaxprune.cli.options import (
+    NO_VALUE,
+    AdapterOption,
+    DownloadOption,
+    JsonOption,
+    ModelOption,
+    TextTowerOption,
+    TowerOption,
+)
 from jaxprune.cli.output import note
 from jaxprune.errors import UserError
 from jaxprune.train.recipes import published_recipes, settings_of
@@ -76,11 +84,16 @@ def train(
         pathlib.Path | None, typer.Option(help="Questions, as for evaluate; the best run counts.")
     ] = None,
     eval_every: Annotated[int | None, typer.Option(help="Updates between evaluations.")] = None,
+    adapter_form: Annotated[
+        str, typer.Option(help="peft; or llava, for a base in LLaVA's own format (needs torch).")
+    ] = "peft",
     tensorboard: Annotated[
         pathlib.Path | None, typer.Option(help="A folder for TensorBoard (needs tensorboardX).")
     ] = None,
     model: ModelOption = None,
     vision_tower: TowerOption = None,
+    text_tower: TextTowerOption = None,
+    adapter: AdapterOption = None,
     dtype: Annotated[str, typer.Option(help="Of what is not trained; see generate.")] = "auto",
     download: DownloadOption = False,
     as_json: JsonOption = False,
@@ -103,13 +116,16 @@ def train(
     settings = settings_of(recipe, {name: x for name, x in given.items() if x is not None})
     habits = Habits(
         save_every=save_every, keep=keep_last, eval_data=eval_data, eval_every=eval_every,
-        base=model, tensorboard=tensorboard,
+        base=model, adapter_form=adapter_form, tensorboard=tensorboard,
     )  # fmt: skip
     prepared = prepare(
         data, out, settings=settings, habits=habits, images=images, skip=skip,
         max_length=max_length,
     )  # fmt: skip
-    params = jaxprune.load(model, dtype=dtype, vision_tower=vision_tower, download=download)
+    params = jaxprune.load(
+        model, dtype=dtype, vision_tower=vision_tower, text_tower=text_tower, adapter=adapter,
+        download=download,
+    )  # fmt: skip
     run = begin(params, prepared)
     if run.step:
         note(f"{run.step} of {run.updates} updates are done already.")
@@ -119,6 +135,8 @@ def train(
     if not run.done:
         note(f"Stopped after {run.step} of {run.updates} updates; the same command resumes.")
         raise typer.Exit(interrupt.INTERRUPTED)
+    if run.left_out:
+        note(f"{len(run.left_out)} samples with damaged images were left out; log.jsonl has them.")
     done = run.finish()
     if as_json:
         found = {"directory": str(done.directory), "updates": done.step, "accuracy": done.accuracy}

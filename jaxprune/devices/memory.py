@@ -120,18 +120,21 @@ def check_fits(
 
 
 @contextlib.contextmanager
-def told_if_exhausted() -> Iterator[None]:
-    """Turn a device's being out of memory into a `UserError`: an estimate may be wrong."""
+def told_if_exhausted(
+    advice: str = "ask fewer prompts at once, for fewer new tokens, or keep fewer visual ones",
+) -> Iterator[None]:
+    """Turn a device's being out of memory into a `UserError`: an estimate may be wrong.
+
+    Args:
+        advice: what to do about it.
+    """
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         first = str(error).splitlines()[0]
-        raise UserError(
-            f"The device is out of memory ({first}); ask fewer prompts at once, for fewer new "
-            "tokens, or with a method that keeps less."
-        ) from None
+        raise UserError(f"The device is out of memory ({first}); {advice}.") from None
 
 
 def _gib(size: float) -> str:

@@ -86,7 +86,13 @@ def conversation_of(sample: Any, where: str) -> Conversation:
         UserError: for anything else, or a sample without an answer.
     """
     if isinstance(sample, Conversation):
-        return sample
+        turns = [turn for turn in sample.turns if isinstance(turn, Turn)]
+        if not turns or len(turns) < len(sample.turns):
+            raise UserError(f"{where} has the turns {sample.turns!r}; expected one Turn or more.")
+        checked = [one._replace(answer=_answer(where, one.answer)) for one in turns]
+        for one in checked:
+            _text(where, "question", one.question)
+        return dataclasses.replace(sample, turns=checked)
     if not isinstance(sample, Sample):
         raise UserError(
             f"{where} is a {type(sample).__name__}; expected what read_data gives, or a "
@@ -139,7 +145,9 @@ def kept(found: list[T], wrong: Sequence[str], name: str, *, skip: bool) -> list
         UserError: where they must not be left out, or all are wrong.
     """
     if wrong and not (skip and found):
-        advice = "" if skip else "\nRepair them, or have such samples skipped (skip=True)."
+        advice = "" if skip else "\nRepair them, or have such samples skipped (skip=True, --skip)."
+        if skip:
+            advice = "\nThese are all, so there is nothing left to learn."
         raise UserError(listed(wrong, f"samples of {name}") + advice)
     if wrong:
         told = listed(wrong, f"samples of {name}")

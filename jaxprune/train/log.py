@@ -4,6 +4,7 @@ import contextlib
 import json
 import pathlib
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Self, TextIO
 
@@ -16,6 +17,8 @@ from jaxprune.data.lines import whole_lines
 from jaxprune.devices.targets import peak_flops
 from jaxprune.errors import UserError, is_number
 from jaxprune.files import as_path, parse_json, whole_file
+
+PLAIN_SECONDS = 60
 
 
 class Log:
@@ -50,13 +53,21 @@ class Log:
     def __exit__(self, *_: object) -> None:
         for one in (self._file, self._writer):
             if one is not None:
-                one.close()
+                with contextlib.suppress(OSError):  # of a full disk, which was told
+                    one.close()
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Write what there is to say of an update."""
+        """Write what there is to say of an update.
+
+        Raises:
+            UserError: when it cannot be written, as on a full disk.
+        """
         assert self._file is not None
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be written ({error}).") from None
         if self._writer is not None:
             for name, value in line.items():
                 if is_number(value) and name != "update":
@@ -91,6 +102,8 @@ def summary_writer() -> Any:
 class Progress:
     """A context with a bar on stderr: updates, loss, tokens a second, and the time left.
 
+    Where stderr is no terminal, a line a minute says so.
+
     Args:
         done, total: updates.
         name: what the run is called.
@@ -115,6 +128,8 @@ class Progress:
             transient=True,
             disable=not (sys.stderr.isatty() if show is None else show),
         )
+        self._plain = show is None and self._bar.disable
+        self._total, self._name, self._told = total, name, time.monotonic()
         self._task = self._bar.add_task("", total=total, completed=done, note="")
         peaks = [peak_flops(device) for device in devices]
         self._peak = sum(peak for peak in peaks if peak is not None)
@@ -134,3 +149,6 @@ class Progress:
         if self._peak and flops:  # model FLOPs utilisation, where the device's peak is known
             note += f", {flops / seconds / self._peak:.0%} of the peak FLOPs"
         self._bar.update(self._task, completed=update, note=note)
+        if self._plain and time.monotonic() - self._told > PLAIN_SECONDS:
+            self._told = time.monotonic()
+            print(f"{self._name}: {update} of {self._total}, {note}", file=sys.stderr, flush=True)

@@ -36,7 +36,7 @@ def share_of_peak(settings: Settings, updates: int, step: Int[Array, ""] | int) 
         updates: of the whole run.
         step: updates before this one.
     """
-    rising = math.ceil(settings.warmup * updates)
+    rising = min(math.ceil(settings.warmup * updates), updates - 1)  # one update alone learns too
     up = jnp.asarray(step, jnp.float32) / max(rising, 1)
     done = (step - rising) / max(updates - rising, 1)
     return jnp.where(step < rising, up, 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(done, 0.0, 1.0))))

@@ -49,11 +49,13 @@ class MicroBatch(NamedTuple):
         next: what comes after it.
         left_out: what is wrong with rows whose labels are left out, since their images are
             damaged.
+        samples: where its rows come from, for messages.
     """
 
     batch: Batch
     next: Position
     left_out: tuple[str, ...]
+    samples: tuple[str, ...] = ()
 
 
 Batches = Generator[MicroBatch, None, None]
@@ -97,7 +99,7 @@ class Rows:
         engine: of the model under the plan.
         samples: those that are left.
         digest: of the samples and what the order follows from; 16 hex digits. Of images that are
-            files it holds the names.
+            files it holds the places in the folder of all of them.
 
     Raises:
         UserError: for a method that the model cannot follow, and for samples that are too long or
@@ -212,7 +214,8 @@ class Rows:
             rows.append(dataclasses.replace(row, images=[len(images) + n for n in row.images]))
             images += pictures
         batch = batch_of(self.engine, Request(rows, images, single=False))
-        return MicroBatch(batch, after, tuple(left_out))
+        samples = [self.samples[number].where for number in self.places[numbers, 0]]
+        return MicroBatch(batch, after, tuple(left_out), tuple(samples))
 
     def _read(self, number: int) -> tuple[Row, list[Image.Image], str | None]:
         """A row, its images, and what is wrong with one of them, in whose place is a blank."""
@@ -296,17 +299,22 @@ class Rows:
     def _digest(self) -> str:
         found = hashlib.sha256(np.array([self.settings.micro_batch]).tobytes())
         found.update(self.places.tobytes())
+        paths = [pathlib.Path(x) for one in self.samples for x in one.images if _is_path(x)]
+        folder = os.path.commonpath([str(path.absolute().parent) for path in paths] or ["."])
         for sample in self.samples:
             said = [sample.system, sample.turns, len(sample.images)]
             found.update(json.dumps(said).encode())
             for image in sample.images:
-                found.update(_shown(image))
+                found.update(_shown(image, folder))
         return found.hexdigest()[:16]
 
 
-def _shown(image: Any) -> bytes:
-    """What tells an image from others: a file's name, or what is in it."""
-    if isinstance(image, str | os.PathLike):
-        name = os.fspath(image)
-        return (name if is_data_url(name) else pathlib.Path(name).name).encode(errors="replace")
-    return picture_of(image).tobytes()
+def _is_path(image: Any) -> bool:
+    return isinstance(image, str | os.PathLike) and not is_data_url(os.fspath(image))
+
+
+def _shown(image: Any, folder: str) -> bytes:
+    """What tells an image from others: a file's place in the folder of all, or what is in it."""
+    if _is_path(image):
+        return os.path.relpath(pathlib.Path(image).absolute(), folder).encode(errors="replace")
+    return image.encode() if isinstance(image, str) else picture_of(image).tobytes()

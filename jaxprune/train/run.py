@@ -3,30 +3,35 @@
 DIRECTORY/checkpoints/   see `checkpoints`
 DIRECTORY/log.jsonl      a line for each update, and for each evaluation
 DIRECTORY/adapter/       at the end, in PEFT's form, where adapters are trained
+DIRECTORY/llava-lora/    instead, in LLaVA's own form, where that is asked for
 DIRECTORY/model/         at the end, in Hugging Face's, where parts are trained in full
 """
 
 import contextlib
 import dataclasses
+import importlib.util
 import itertools
 import math
 import pathlib
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import jax
 
-from jaxprune.checkpoints_convert.adapters_write import write_adapter
+from jaxprune.checkpoints_convert.adapters_write import FORMS, LLAVA, write_adapter
 from jaxprune.devices.memory import told_if_exhausted
-from jaxprune.devices.mesh import devices_of
-from jaxprune.errors import UserError, check_whole
+from jaxprune.devices.mesh import devices_of, mesh_of
+from jaxprune.errors import UserError, UserNote, check_choice, check_whole
 from jaxprune.evaluate.methods import name_methods
 from jaxprune.evaluate.run import Task
 from jaxprune.evaluate.run import prepare as questions
 from jaxprune.evaluate.run import run as answered
-from jaxprune.files import as_path
+from jaxprune.files import as_path, remove_partial
 from jaxprune.model import Params, export, weights_digest
+from jaxprune.models.family import is_original
+from jaxprune.ops.axes import DATA_AXIS
 from jaxprune.train.checkpoints import Checkpoints
 from jaxprune.train.data import read_data
 from jaxprune.train.log import Log, Progress, summary_writer
@@ -54,7 +59,10 @@ class Habits:
         keep: how many of the last checkpoints stay; the best one stays as well.
         eval_data: questions as for `jaxprune.evaluate`; None asks none.
         eval_every: updates between evaluations; None: at the end alone.
-        base: the model's directory or name, as its adapter calls it.
+        base: the model's directory or name, as its adapter calls it; None: where its processor
+            is from.
+        adapter_form: "peft", or "llava" for a base in LLaVA's original format (needs torch); see
+            `checkpoints_convert.write_adapter`.
         tensorboard: also write what is logged to this folder, for TensorBoard.
     """
 
@@ -63,10 +71,17 @@ class Habits:
     eval_data: Any = None
     eval_every: int | None = None
     base: Any = None
+    adapter_form: str = "peft"
     tensorboard: Any = None
 
     def __post_init__(self) -> None:
         check_whole("keep", self.keep)
+        check_choice("adapter_form", self.adapter_form, tuple(FORMS))
+        if self.adapter_form == LLAVA and importlib.util.find_spec("torch") is None:
+            raise UserError(
+                "LLaVA's own form of an adapter is a PyTorch pickle; install torch, or leave out "
+                "adapter_form."
+            )
         for name in ("save_every", "eval_every"):
             if getattr(self, name) is not None:
                 check_whole(name, getattr(self, name))
@@ -86,12 +101,15 @@ class Finished:
         step: the updates that it has.
         accuracy: its share of right answers to `eval_data`, or None.
         directory: the adapter's, or the whole model's.
+        trained: float32: the factors of adapters, as `checkpoints_convert.write_adapter` takes
+            them, and parts in full.
     """
 
     params: Params | None
     step: int
     accuracy: float | None
     directory: pathlib.Path
+    trained: Mapping[str, Any]
 
 
 class Stopped(KeyboardInterrupt):
@@ -112,6 +130,7 @@ def train(
     eval_data: Any = None,
     eval_every: int | None = None,
     base: Any = None,
+    adapter_form: str = "peft",
     tensorboard: Any = None,
     show_progress: bool | None = None,
     **settings: Any,
@@ -131,7 +150,7 @@ def train(
         images: the folder to which paths of images in the data are relative; None: the file's.
         skip: leave out samples that are wrong and count them; else they are errors.
         max_length: text and visual tokens of a row, at most; None: the model's context.
-        save_every, keep, eval_data, eval_every, base, tensorboard: see `Habits`.
+        save_every, keep, eval_data, eval_every, base, adapter_form, tensorboard: see `Habits`.
         show_progress: a bar on stderr; None shows it in a terminal.
         settings: see `Settings`: method, train, rank, learning_rate, and so on.
 
@@ -148,7 +167,7 @@ def train(
         settings=settings_of(recipe, settings),
         habits=Habits(
             save_every=save_every, keep=keep, eval_data=eval_data, eval_every=eval_every,
-            base=base, tensorboard=tensorboard,
+            base=base, adapter_form=adapter_form, tensorboard=tensorboard,
         ),
         images=images,
         skip=skip,
@@ -278,6 +297,11 @@ class Run:
             raise UserError(
                 "Adapters of a base of 8 bits cannot be evaluated; leave out eval_data."
             )
+        if habits.adapter_form == LLAVA and not is_original(params.config):
+            raise UserError(
+                "LLaVA's own form of an adapter is for a base in LLaVA's original format, and this "
+                "one is not; leave out adapter_form."
+            )
         from jaxprune.train.step import Trainer  # optax, which whoever does not train is spared
 
         self.updates = self.settings.steps or rows.updates(self.settings.epochs)
@@ -285,16 +309,19 @@ class Run:
         self.checkpoints = Checkpoints(
             out / _CHECKPOINTS,
             self.settings,
-            identity={"data": rows.digest, "model": weights_digest(params)},
+            identity={"data": rows.digest, "weights or dtype": weights_digest(params)},
             keep=habits.keep,
-            best=None if task is None else ACCURACY,
+            best=ACCURACY,
         )
+        remove_partial(out)  # what a killed run was writing at its end
         found = self.checkpoints.restore(self.trainer.state_shapes)
         self.state: State = self.trainer.begin(params) if found is None else found.state
         self.step = 0 if found is None else found.step
         self.position = Position() if found is None else Position.of(found.data)
         self.metrics = {} if found is None else dict(found.metrics)
         self.log = Log(out / _LOG, after=self.step, tensorboard=habits.tensorboard)
+        self.left_out: set[str] = set()
+        self._note_waste()
 
     @property
     def done(self) -> bool:
@@ -309,6 +336,7 @@ class Run:
         each = self.settings.batch_size // self.settings.micro_batch
         source, on = self.rows.batches(self.position), devices_of(self.params.arrays)
         with (
+            self._saved_whatever_comes(),
             contextlib.closing(source),
             self.log,
             Progress(self.step, self.updates, devices=on, show=show_progress) as bar,
@@ -321,14 +349,17 @@ class Run:
                 self.log.write(line)
                 shown = ("loss", "tokens", "seconds", "flops")
                 bar.show(self.step, **{name: line[name] for name in shown})
-                if self.done or self._due(self.habits.eval_every):
+                evaluates = self.done or self._due(self.habits.eval_every)
+                if evaluates:
                     self._evaluate()
-                if self._due(self.habits.save_every or math.ceil(self.updates / 20)):
+                if evaluates or self._due(self.habits.save_every or math.ceil(self.updates / 20)):
                     self._save()
-            self._save()
 
     def finish(self) -> Finished:
         """Write what was trained, of the best checkpoint if there is one."""
+        if self.task is not None and self.checkpoints.best() is None:  # asked for afterwards
+            with self.log:
+                self._evaluate()
         step, state, accuracy = self.step, self.state, self.metrics.get(ACCURACY)
         best = self.checkpoints.best()
         if best is not None and best != step:
@@ -338,27 +369,36 @@ class Run:
         trained, params = state.trained, None
         if not self.params.config.text_config.int8:
             params = self._merged(state)
-        place = self.out / ("adapter" if LORA in trained else "model")
+        adapters = "llava-lora" if self.habits.adapter_form == LLAVA else "adapter"
+        place = self.out / (adapters if LORA in trained else "model")
         if not place.exists() and LORA in trained:
             write_adapter(
-                jax.device_get(trained), self.params.config, place, alpha=self.settings.alpha,
-                dropout=self.settings.dropout, base=self.habits.base,
-            )  # fmt: skip
+                jax.device_get(trained),
+                self.params.config,
+                place,
+                alpha=self.settings.alpha,
+                dropout=self.settings.dropout,
+                base=self.habits.base or self._directory(),
+                form=self.habits.adapter_form,
+            )
         elif not place.exists() and params is not None:
             export(params, place)
-        return Finished(params, step, accuracy, place)
+        return Finished(params, step, accuracy, place, trained)
 
     def _update(self, batches: list[MicroBatch]) -> "Update":
-        with told_if_exhausted():
-            self.state, found = self.trainer.update(self.state, [own.batch for own in batches])
+        advice = 'resume with remat="full", or take a smaller micro_batch in another directory'
+        with told_if_exhausted(advice):
+            state, found = self.trainer.update(self.state, [own.batch for own in batches])
             found = cast("Update", jax.device_get(found))
+        self.state = state  # what it was where it is not finite
         if not found.finite:
-            self._save()
+            samples = [text for own in batches for text in own.samples]
+            named = ", ".join([*samples[:20], *(["..."] if len(samples) > 20 else [])])
             raise UserError(
                 f"The loss of update {self.step + 1} is {found.loss:.4g}, the norm of its "
-                f"gradients {found.norm:.4g}. The state before it is saved in "
-                f"{self.checkpoints.directory}; try a lower learning rate, or look at the data "
-                "there."
+                f"gradients {found.norm:.4g}; these, or the weights that it makes, are no numbers. "
+                f"The state before it is saved in {self.checkpoints.directory}. Look at its "
+                f"samples ({named}), or try a lower learning rate, in another directory."
             )
         self.step, self.position = self.step + 1, batches[-1].next
         self.metrics = {}
@@ -380,6 +420,7 @@ class Run:
             "seconds": seconds,
         }
         left_out = [text for own in batches for text in own.left_out]
+        self.left_out.update(left_out)
         return {**line, "left_out": left_out} if left_out else line
 
     def _due(self, every: int | None) -> bool:
@@ -390,7 +431,45 @@ class Run:
             return
         (row,) = answered(self._merged(self.state), self.task, show_progress=False).rows
         self.metrics = {ACCURACY: row.accuracy}
-        self.log.write({"update": self.step, "evaluation": dataclasses.asdict(row)})
+        self.log.write(
+            {"update": self.step, ACCURACY: row.accuracy, "evaluation": dataclasses.asdict(row)}
+        )
+
+    @contextlib.contextmanager
+    def _saved_whatever_comes(self) -> Iterator[None]:
+        """A context behind which the last whole state is saved, also where an error ends it."""
+        try:
+            yield
+        except Exception:
+            with contextlib.suppress(UserError):  # of the two errors the first one is told
+                self._save()
+            raise
+        self._save()
+
+    def _note_waste(self) -> None:
+        """Warn where an update needs more rows than there are, or each device takes all rows."""
+        size = self.settings.micro_batch
+        mesh = mesh_of(self.params.arrays)
+        parts = 1 if mesh is None else mesh.shape.get(DATA_AXIS, 1)
+        if size % parts:
+            warnings.warn(
+                f"micro_batch is {size}, which {parts} devices along {DATA_AXIS!r} do not divide, "
+                "so each of them takes all rows; choose a multiple.",
+                UserNote,
+                stacklevel=4,
+            )
+        rows, size = len(self.rows), self.settings.batch_size
+        if rows < size:
+            warnings.warn(
+                f"An update takes {size} rows and there are {rows}, so each is seen "
+                f"{size / rows:.1f} times in it; a smaller batch_size gives more updates.",
+                UserNote,
+                stacklevel=4,
+            )
+
+    def _directory(self) -> pathlib.Path | None:
+        """Where the model came from, as far as it knows."""
+        return None if self.params.processor is None else self.params.processor.directory
 
     def _save(self) -> None:
         data = dataclasses.asdict(self.position)

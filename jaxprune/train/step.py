@@ -73,7 +73,8 @@ class Update(NamedTuple):
         learning_rate: float32, of the adapters or the decoder; of the projector where it alone is
             trained.
         scored: of all micro-batches.
-        finite: whether loss and gradients are numbers. Where not, the state is what it was.
+        finite: whether loss, gradients and what came of them are numbers. Where not, the state is
+            what it was.
     """
 
     loss: Float[Array, ""]
@@ -182,9 +183,10 @@ class Trainer:
     def _change(self, state: State, sums: Sums) -> tuple[State, Update]:
         loss, gradients = jax.tree.map(lambda x: x / sums.number, (sums.loss, sums.gradients))
         norm = optax.global_norm(gradients)
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         changes, optimiser = self.optimiser.update(gradients, state.optimiser, state.trained)
         moved = State(optax.apply_updates(state.trained, changes), optimiser, state.step + 1)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        finite &= jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(moved.trained)]).all()
         peak = peaks(self.settings)[WHAT[self.settings.train][0]]
         rate = peak * share_of_peak(self.settings, self.updates, state.step)
         new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, state)

@@ -39,11 +39,11 @@ def acting(settings: Settings) -> Acting:
 
 
 def check_trainable(params: Params, settings: Settings) -> None:
-    """Raise `UserError` for a decoder of 8 bits that is to be trained itself."""
-    if DECODER in WHAT[settings.train] and params.config.text_config.int8:
+    """Raise `UserError` for a model of 8 bits that is to be written whole."""
+    if settings.train != LORA and params.config.text_config.int8:
         raise UserError(
-            f"train={settings.train!r} changes the decoder, which has matrices of 8 bits; load it "
-            'with another dtype, or train adapters over it: train="lora".'
+            f"train={settings.train!r} ends in a whole model, and this one has matrices of 8 bits; "
+            'load it with another dtype, or train adapters over it: train="lora".'
         )
 
 

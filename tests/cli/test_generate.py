@@ -151,6 +151,7 @@ def test_a_folder_of_images(folder, tmp_path, run, small_model, held_out):
     done = run(*asked)
     assert done.code == 0 and done.out == "" and "5 answers" in done.err
     lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len({line.pop("settings") for line in lines}) == 1
     expected = [
         {"image": str(folder / f"{i}.png"), "prompt": ASK,
          "text": jaxprune.generate(small_model, image, ASK)}
@@ -164,6 +165,9 @@ def test_a_folder_of_images(folder, tmp_path, run, small_model, held_out):
     assert "3 of 5 answers are there already" in run(*asked).err
     assert out.read_text() == whole
     assert run(*asked).code == 0 and out.read_text() == whole
+    # Answers of another method are not taken for this one's.
+    assert "another model or method" in run(*asked, "--method", "uniform", "--keep", 9).err
+    assert out.read_text() == whole
 
 
 def test_what_failed_is_tried_again(folder, tmp_path, run):
@@ -182,7 +186,7 @@ def test_what_failed_is_tried_again(folder, tmp_path, run):
     done = run(*asked)
     assert done.code == 0 and "3 of 4 answers are there already; 1 with an error" in done.err
     found = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [{**line, "text": None} for line in found] == [{**x, "text": None} for x in lines]
+    assert [{x: line[x] for x in ("image", "prompt")} for line in found] == lines
     assert [found[i] for i in (0, 2, 3)] == [first[i] for i in (0, 2, 3)]
 
 

@@ -16,9 +16,11 @@ import pytest
 
 import jaxprune
 from jaxprune.calibrate import Sample
+from jaxprune.errors import UserNote
 from jaxprune.train import Settings, published_recipes, read_recipe
 from jaxprune.train.recipes import settings_of
 from jaxprune.train.run import Habits, begin, prepare
+from tests import builders
 from tests.cases import mostly_slow, picture
 
 SETTINGS = {
@@ -97,7 +99,7 @@ def test_what_is_finished_is_there_at_once(whole, tiny_model):
 def test_parts_in_full_are_written_as_a_model(tiny_model, tmp_path):
     finished = jaxprune.train(
         tiny_model, SAMPLES[:2], tmp_path / "run", train="projector", batch_size=2, micro_batch=2,
-        steps=1, projector_rate=1e-2, warmup=0.0,
+        steps=1, projector_rate=1e-2,
     )  # fmt: skip
     params = jaxprune.load(finished.directory)
     chex.assert_trees_all_close(params.arrays, finished.params.arrays, atol=0)
@@ -118,15 +120,31 @@ def test_the_best_one_is_kept(small_model, tmp_path):
     said = jaxprune.generate(small_model, image, right[0].question, max_new_tokens=4)
     line = {"image": str(image), "question": right[0].question, "answer": said}
     asked.write_text(json.dumps(line))
-    finished = jaxprune.train(
-        small_model, [Sample(image, "What is there?", "nothing at all to be seen")],
-        tmp_path / "run", rank=2, batch_size=1, micro_batch=1, steps=4, learning_rate=0.5,
-        warmup=0.5, eval_data=asked, eval_every=1, keep=1,
-    )  # fmt: skip
+    samples, out = [Sample(image, "What is there?", "nothing at all to be seen")], tmp_path / "run"
+    own = {"rank": 2, "batch_size": 1, "micro_batch": 1, "steps": 4, "learning_rate": 0.5}
+    own |= {"warmup": 0.5, "keep": 1, "save_every": 3}
+    finished = jaxprune.train(small_model, samples, out, eval_data=asked, eval_every=1, **own)
     scores = [x["evaluation"]["accuracy"] for x in lines_of(tmp_path / "run") if "evaluation" in x]
     assert (scores[0], scores[-1]) == (1.0, 0.0)
     assert (finished.step, finished.accuracy) == (1, 1.0)
+    without = jaxprune.train(small_model, samples, out, **own)  # it stays the best
+    assert (without.step, without.accuracy) == (1, 1.0)
     assert jaxprune.generate(finished.params, image, right[0].question, max_new_tokens=4) == said
+
+
+@pytest.mark.slow
+def test_llavas_form_of_an_adapter(tmp_path):
+    pytest.importorskip("torch")
+    base, tower = builders.write_original(tmp_path / "base", tmp_path / "tower")
+    params, out = jaxprune.load(base, vision_tower=tower), tmp_path / "run"
+    own = {"rank": 2, "batch_size": 2, "micro_batch": 2, "steps": 1, "learning_rate": 0.1}
+    finished = jaxprune.train(params, SAMPLES[:2], out, base=base, adapter_form="llava", **own)
+    assert finished.directory == out / "llava-lora"
+    again = jaxprune.load(base, vision_tower=tower, adapter=finished.directory)
+    chex.assert_trees_all_close(again.arrays, finished.params.arrays, atol=1e-6)
+    told = f"directory of a training run, which made {out / 'llava-lora'}"
+    with pytest.raises(jaxprune.UserError, match=told):
+        jaxprune.load(out)
 
 
 def test_a_loss_that_is_no_number(tiny_model, tmp_path):
@@ -134,6 +152,23 @@ def test_a_loss_that_is_no_number(tiny_model, tmp_path):
     with pytest.raises(jaxprune.UserError, match=r"The loss of update 2 is nan.* saved in .*lower"):
         run.go(lambda: False, show_progress=False)
     assert run.checkpoints.steps() == [1]
+
+
+def test_an_error_loses_no_update(tiny_model, tmp_path):
+    (tmp_path / "broken.png").write_text("no image")
+    samples = [*SAMPLES[:5], Sample(tmp_path / "broken.png", "What?", "a")]
+    own = Settings(**{**SETTINGS, "batch_size": 2, "steps": 50})
+    run = begin(tiny_model, prepare(samples, tmp_path / "run", settings=own, habits=Habits()))
+    with pytest.raises(jaxprune.UserError, match=r"Sample 6: .*broken.png"):
+        run.go(lambda: False, show_progress=False)
+    assert run.checkpoints.steps()[-1:] == ([run.step] if run.step else [])
+    assert lines_of(run.out)[-1]["update"] == run.step > 0
+
+
+def test_more_rows_than_there_are(tiny_model, tmp_path):
+    with pytest.warns(UserNote, match="takes 8 rows and there are 6, so each is seen 1.3"):
+        run = prepared(tiny_model, tmp_path / "run", batch_size=8)
+    assert run.updates == 5
 
 
 def test_other_settings_and_data_are_refused(whole, tiny_model):
@@ -154,6 +189,8 @@ def test_other_settings_and_data_are_refused(whole, tiny_model):
         ({"method": "prumrge"}, "Did you mean 'prumerge'"),
         ({"recipe": "nobody"}, "no training recipe 'nobody'; expected a file, or one of: iti, "),
         ({"eval_every": 3}, "there is no eval_data"),
+        ({"adapter_form": "loha"}, "adapter_form is 'loha'; expected one of: peft, llava"),
+        ({"adapter_form": "llava"}, "LLaVA's own form of an adapter is"),
         ({"eval_data": "nowhere.jsonl"}, "nowhere.jsonl does not exist"),
     ],
 )

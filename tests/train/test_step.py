@@ -136,7 +136,7 @@ def test_parts_of_the_model():
         trainer = Trainer(params, settings_of(train=train), 4)
         assert set(trainer.state_shapes.trained) == parts
         assert set(trainer.rest.arrays) == set(params.arrays) - parts
-    with pytest.raises(jaxprune.UserError, match="train='all' changes the decoder"):
+    with pytest.raises(jaxprune.UserError, match="train='all' ends in a whole model"):
         Trainer(dataclasses.replace(params, config=with_int8(config)), settings_of(train="all"), 4)
 
 
