@@ -103,7 +103,7 @@ def evaluate(
     if failed:
         first = next(row for row in found.rows if row.errors)
         note(
-            f"{failed} questions could not be answered and count as wrong; the first, under "
+            f"{failed} answers, of all methods, are missing and count as wrong; the first, under "
             f"{first.method}: {first.first_error}"
         )
         raise typer.Exit(1)

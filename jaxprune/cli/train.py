@@ -19,7 +19,7 @@ from jaxprune.cli.options import (
     TowerOption,
 )
 from jaxprune.cli.output import note
-from jaxprune.errors import UserError
+from jaxprune.errors import UserError, check_whole
 from jaxprune.train.recipes import published_recipes, settings_of
 from jaxprune.train.run import Habits, begin, prepare
 from jaxprune.train.stopping import stopping
@@ -114,6 +114,7 @@ def train(
     }  # fmt: skip
     # What can be wrong is looked at before the model is loaded, which may take minutes.
     settings = settings_of(recipe, {name: x for name, x in given.items() if x is not None})
+    check_whole("--keep-last", keep_last)
     habits = Habits(
         save_every=save_every, keep=keep_last, eval_data=eval_data, eval_every=eval_every,
         base=model, adapter_form=adapter_form, tensorboard=tensorboard,

@@ -4,7 +4,6 @@ import contextlib
 import json
 import pathlib
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Self, TextIO
 
@@ -17,8 +16,7 @@ from jaxprune.data.lines import whole_lines
 from jaxprune.devices.targets import peak_flops
 from jaxprune.errors import UserError, is_number
 from jaxprune.files import as_path, parse_json, whole_file
-
-PLAIN_SECONDS = 60
+from jaxprune.progress import PlainLines
 
 
 class Log:
@@ -128,8 +126,7 @@ class Progress:
             transient=True,
             disable=not (sys.stderr.isatty() if show is None else show),
         )
-        self._plain = show is None and self._bar.disable
-        self._total, self._name, self._told = total, name, time.monotonic()
+        self._lines = PlainLines(name, total) if show is None and self._bar.disable else None
         self._task = self._bar.add_task("", total=total, completed=done, note="")
         peaks = [peak_flops(device) for device in devices]
         self._peak = sum(peak for peak in peaks if peak is not None)
@@ -149,6 +146,5 @@ class Progress:
         if self._peak and flops:  # model FLOPs utilisation, where the device's peak is known
             note += f", {flops / seconds / self._peak:.0%} of the peak FLOPs"
         self._bar.update(self._task, completed=update, note=note)
-        if self._plain and time.monotonic() - self._told > PLAIN_SECONDS:
-            self._told = time.monotonic()
-            print(f"{self._name}: {update} of {self._total}, {note}", file=sys.stderr, flush=True)
+        if self._lines is not None:
+            self._lines.tell(update, note)
