@@ -31,7 +31,7 @@ from jaxprune.files import (
     whole_file,
 )
 
-_RUN, _STATE, _ABOUT = "run.json", "state", "about.json"
+RUN, _STATE, _ABOUT = "run.json", "state", "about.json"
 _MARK, _FORMAT = "jaxprune_training", 1
 _FREE = ("remat",)
 """Settings with which a run may go on otherwise than it began: they say how gradients are made, not
@@ -98,17 +98,15 @@ class Checkpoints:
             there = sorted(path.name for path in self.directory.iterdir())
         except OSError as error:
             raise UserError(f"{self.directory} cannot hold checkpoints ({error}).") from None
-        if _RUN in there:
-            fields = dataclasses.fields(settings)
-            defaults = {x.name: x.default for x in fields if x.default is not dataclasses.MISSING}
-            _check_same(self.directory, *json.loads(json.dumps([run, defaults])))
+        if RUN in there:
+            check_same(self.directory, settings, identity)
         elif there:
             raise UserError(
                 f"{self.directory} holds no checkpoints but {there[0]}; name a directory that is "
                 "empty or not there."
             )
         else:
-            with whole_file(self.directory / _RUN) as file:
+            with whole_file(self.directory / RUN) as file:
                 file.write_text(json.dumps({_MARK: _FORMAT, **run}, indent=2) + "\n")
 
     def steps(self) -> list[int]:
@@ -208,13 +206,20 @@ class Checkpoints:
             )
 
 
-def _check_same(
-    directory: pathlib.Path, run: Mapping[str, Any], defaults: Mapping[str, Any]
-) -> None:
-    """Raise `UserError` unless a directory is of the run."""
-    there = read_json(directory / _RUN, repair="name another directory")
+def check_same(directory: pathlib.Path, settings: Any, identity: Mapping[str, str]) -> None:
+    """Raise `UserError` unless a directory of checkpoints is of a run.
+
+    Args:
+        directory: of the checkpoints of some run.
+        settings, identity: as for `Checkpoints`; of the identity what is known yet.
+    """
+    fields = dataclasses.fields(settings)
+    defaults = {x.name: x.default for x in fields if x.default is not dataclasses.MISSING}
+    run = {"settings": dataclasses.asdict(settings), **identity}
+    run, defaults = json.loads(json.dumps([run, defaults]))
+    there = read_json(directory / RUN, repair="name another directory")
     if there.get(_MARK) != _FORMAT:
-        raise UserError(f"{directory / _RUN} is not of this program; name another directory.")
+        raise UserError(f"{directory / RUN} is not of this program; name another directory.")
     # A setting that is newer than the run had its default's effect.
     old = {**defaults, **there.get("settings", {})}
     new = run["settings"]

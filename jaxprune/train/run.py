@@ -32,7 +32,7 @@ from jaxprune.files import as_path, remove_partial
 from jaxprune.model import Params, export, weights_digest
 from jaxprune.models.family import is_original
 from jaxprune.ops.axes import DATA_AXIS
-from jaxprune.train.checkpoints import Checkpoints
+from jaxprune.train.checkpoints import RUN, Checkpoints, check_same
 from jaxprune.train.data import read_data
 from jaxprune.train.log import Log, Progress, summary_writer
 from jaxprune.train.order import Position
@@ -219,6 +219,8 @@ def prepare(
         UserError: as `train`.
     """
     place, task = _run_directory(out), _evaluation(settings, habits)
+    if (place / _CHECKPOINTS / RUN).exists():
+        check_same(place / _CHECKPOINTS, settings, {})
     samples = data if isinstance(data, list | tuple) else read_data(data, images, skip=skip)
     return Prepared(
         samples=samples, out=place, settings=settings, habits=habits, task=task, skip=skip,
