@@ -32,8 +32,11 @@ def vision_side() -> list[str]:
 def decoder_side() -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     found += [{"method": "fastv", "layer": 1, "keep_rate": rate} for rate in (0.43, 0.14, 0.01)]
-    found += [{"method": "psigmoid", "keep_rate": rate, "k": 1.0} for rate in (0.5, 0.36)]
-    found += [{"method": "fitprune", "save": save} for save in (0.5, 0.7, 0.8)]
+    found += [{"method": "psigmoid", "keep_rate": rate, "k": 1.0} for rate in (0.5, 0.36, 0.27)]
+    found += [{"method": "fitprune", "save": save} for save in (0.5, 0.7, 0.8, 0.9)]
+    found += [{"method": "gsearch"}, {"method": "pyramiddrop"}]
+    found += [{"method": "pyramiddrop", "keep_rate": 0.25}]
+    found += [{"method": "vtw", "layer": layer} for layer in (4, 2)]
     found += [{"method": "dart", "layer": 1, "tokens": tokens} for tokens in (64, 32, 16)]
     for rates in ((0.5, 0.3, 0.05), (0.28, 0.25, 0.05), (0.05, 0.05, 0.05)):
         found.append({"method": "v2drop", "cut_layers": (1, 4, 6), "keep_rates": rates})
@@ -43,6 +46,9 @@ def decoder_side() -> list[dict[str, Any]]:
                 {"method": "sparsevlm", "version": version, "budget": budget, "cut_layers": CUTS}
             )
     found.append({"method": "feather", "cut_layers": (2, 4)})
+    found.append({"method": "iti"})  # on both sides, as the pairs are
+    for first, keep in (("prumerge_plus", 71), ("uniform", 72)):
+        found.append({"method": (first, "fitprune"), "keep": keep, "save": 0.5})
     return found
 
 

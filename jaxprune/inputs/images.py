@@ -154,7 +154,19 @@ def _data_of(url: str) -> bytes:
         raise UserError(f"The image's data: URL cannot be read ({error}).") from None
 
 
+def check_image_file(name: str | os.PathLike[str]) -> None:
+    """Raise `UserError` for a path that by its header is no image; its pixels are not read."""
+    path = _path_of(name)
+    with _headed(path, f"The image {path}") as image:
+        _check_size(image, f"The image {path}")
+
+
 def _from_path(name: str | os.PathLike[str]) -> Image.Image:
+    path = _path_of(name)
+    return _opened(path, f"The image {path}")
+
+
+def _path_of(name: str | os.PathLike[str]) -> pathlib.Path:
     if str(name).startswith(("http:/", "https:/")):
         url = _URL.sub(r"\1://", str(name)[:200])
         raise UserError(
@@ -170,16 +182,22 @@ def _from_path(name: str | os.PathLike[str]) -> Image.Image:
     if not path.is_file():
         what = "is a directory" if path.is_dir() else "does not exist"
         raise UserError(f"The image {path} {what}; expected an image file.")
-    return _opened(path, f"The image {path}")
+    return path
 
 
 def _opened(file: pathlib.Path | io.BytesIO, name: str) -> Image.Image:
     """The image of a file."""
+    with _headed(file, name) as image:
+        return _decoded(image, name, "save it again")
+
+
+def _headed(file: pathlib.Path | io.BytesIO, name: str) -> Image.Image:
+    """The image of a file, of which the header is read."""
     try:
         with warnings.catch_warnings():
             # Pillow warns of what _check_size refuses.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(file)
+            return Image.open(file)
     except Image.DecompressionBombError:
         raise UserError(f"{name} has far over {MAX_PIXELS:,} pixels; reduce it first.") from None
     except UnidentifiedImageError:
@@ -187,8 +205,6 @@ def _opened(file: pathlib.Path | io.BytesIO, name: str) -> Image.Image:
         raise UserError(f"{name} ({size} bytes) is not an image that Pillow can read.") from None
     except Exception as error:  # Pillow's decoders raise many types on damaged files
         raise UserError(f"{name} is damaged ({error}); save it again.") from None
-    with image:
-        return _decoded(image, name, "save it again")
 
 
 def _decoded(image: Image.Image, name: str, advice: str) -> Image.Image:

@@ -20,7 +20,7 @@ from jaxprune.engine.buckets import DEFAULT_BUCKETS, Buckets
 from jaxprune.engine.engine import Engine
 from jaxprune.engine.forward import Batch, batch_of
 from jaxprune.errors import UserError, check_flag, check_whole
-from jaxprune.inputs.images import picture_of
+from jaxprune.inputs.images import check_image_file, picture_of
 from jaxprune.inputs.layout import row_length, text_length, text_room
 from jaxprune.inputs.pixels import size_of
 from jaxprune.inputs.request import NO_LABEL, Request, Row
@@ -79,9 +79,9 @@ class Rows:
     conversation with its images in the first turn is one row with several answers.
 
     All samples are tokenized here once, to know their lengths, and again when their turn comes;
-    images are read when their turn comes. Batches have few shapes: for each number of images of a
-    row and each text bucket one, and where images differ in tiles or an adaptive method in what it
-    leaves, one for each bucket of those.
+    images are read when their turn comes, and here their headers. Batches have few shapes: for each
+    number of images of a row and each text bucket one, and where images differ in tiles or an
+    adaptive method in what it leaves, one for each bucket of those.
 
     Args:
         params: what `jaxprune.load` gives. How many tokens an adaptive method leaves of an image
@@ -241,6 +241,8 @@ class Rows:
     def _places(self, number: int, sample: Conversation) -> list[_Place]:
         """The rows of a sample, which all have to fit."""
         try:
+            for image in filter(_is_path, sample.images):
+                check_image_file(image)
             rows = rows_of(self.engine.processor, sample, together=self.together)
             self.engine.check_ids(rows)
             together = len(rows) < len(sample.turns)

@@ -155,7 +155,8 @@ def test_a_loss_that_is_no_number(tiny_model, tmp_path):
 
 
 def test_an_error_loses_no_update(tiny_model, tmp_path):
-    (tmp_path / "broken.png").write_text("no image")
+    picture(5).save(tmp_path / "whole.png")
+    (tmp_path / "broken.png").write_bytes((tmp_path / "whole.png").read_bytes()[:-60])
     samples = [*SAMPLES[:5], Sample(tmp_path / "broken.png", "What?", "a")]
     own = Settings(**{**SETTINGS, "batch_size": 2, "steps": 50})
     run = begin(tiny_model, prepare(samples, tmp_path / "run", settings=own, habits=Habits()))
