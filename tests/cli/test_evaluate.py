@@ -39,7 +39,7 @@ def test_json_is_the_functions_and_a_file_resumes(tiny_directory, tiny_model, da
     assert without_time(json.loads(done.out)) == without_time(
         json.loads(json.dumps(expected.as_dict()))
     )
-    assert done.code == 1 and "2 questions could not be answered" in done.err
+    assert done.code == 1 and "2 answers, of all methods, are missing" in done.err
     assert "the first, under none: " in done.err and "broken.png" in done.err
     with Image.open(plot) as picture_of_it:
         assert picture_of_it.format == "PNG"
