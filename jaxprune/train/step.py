@@ -55,7 +55,7 @@ class Sums(NamedTuple):
         gradients: float32, of the micro-batches' mean losses; a tree like `State.trained`.
         loss: float32, the sum of these losses.
         scored: the sums of what they were made of.
-        number: int32, micro-batches.
+        number: int32, micro-batches that have answer tokens.
     """
 
     gradients: Trained
@@ -177,11 +177,14 @@ class Trainer:
         key = functools.reduce(jax.random.fold_in, (step, sums.number), self._dropout())
         gradient = jax.value_and_grad(objective, has_aux=True)
         (loss, scored), own = gradient(trained, rest, batch, self.settings, key)
-        added: Sums = jax.tree.map(jnp.add, sums, Sums(own, loss, scored, jnp.int32(1)))
+        added: Sums = jax.tree.map(
+            jnp.add, sums, Sums(own, loss, scored, jnp.int32(scored.tokens > 0))
+        )
         return added
 
     def _change(self, state: State, sums: Sums) -> tuple[State, Update]:
-        loss, gradients = jax.tree.map(lambda x: x / sums.number, (sums.loss, sums.gradients))
+        number = jnp.maximum(sums.number, 1)
+        loss, gradients = jax.tree.map(lambda x: x / number, (sums.loss, sums.gradients))
         norm = optax.global_norm(gradients)
         changes, optimiser = self.optimiser.update(gradients, state.optimiser, state.trained)
         moved = State(optax.apply_updates(state.trained, changes), optimiser, state.step + 1)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import jaxprune
+from jaxprune.inputs.request import NO_LABEL
 from jaxprune.models.int8 import with_int8
 from jaxprune.models.registry import family_of
 from jaxprune.train.step import Trainer
@@ -95,6 +96,16 @@ def test_dropout_is_new_in_every_update_and_micro_batch(model, trainer, micro):
     assert len(set(losses)) == 3
     one, two = (trainer.update(whole_again(saved), micro) for _ in range(2))
     chex.assert_trees_all_equal(one, two)
+
+
+def test_a_micro_batch_without_answers_does_not_count(model, trainer, micro):
+    labels = np.full_like(micro[1].labels, NO_LABEL)
+    empty = dataclasses.replace(micro[1], labels=labels)
+    state, _ = trainer.update(trainer.begin(model), micro)
+    alone = trainer.update(whole_again(state), micro[:1])
+    chex.assert_trees_all_equal(trainer.update(whole_again(state), [micro[0], empty]), alone)
+    _, told = trainer.update(state, [empty])
+    assert told.finite and told.norm == 0
 
 
 def test_a_loss_that_is_no_number_changes_nothing(model, trainer, micro):
