@@ -217,9 +217,9 @@ def make_row(
     more: tuple[str, ...],
     rng: np.random.Generator,
 ) -> dict[str, np.ndarray]:
+    """A picture with questions; `more` weighs kinds of scenes up."""
     captions = np.zeros((scenes.MAX_OBJECTS, 4), np.int32)
     captions[: len(picture.captions)] = picture.captions
-    """A picture with questions; `more` weighs kinds of scenes up."""
     asked = (*ASKED[source], *(more if source == "scenes" else ()))
     kinds = rng.choice(asked, size=QUESTIONS)
     asked = [picture.ask(str(kind), rng) for kind in kinds]
